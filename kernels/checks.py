@@ -1,0 +1,67 @@
+"""Argument checks shared by every op: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype states and parameters are kept in: fp64 beside fp64 inputs, fp32 beside every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def complex_dtype(dtype: torch.dtype) -> torch.dtype:
+    """As `state_dtype`, for complex states."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+def check_tensor(op: str, name: str, value: object) -> Tensor:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def check_shape(op: str, name: str, value: object, expected: Sequence[int | str], meaning: str) -> Tensor:
+    """Raise unless `value` is a tensor of shape `expected`; a string in `expected` names a free axis.
+
+    `meaning` says the axes in words, e.g. "(batch, length, d_inner)".
+    """
+    tensor = check_tensor(op, name, value)
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or got == want for got, want in zip(shape, expected)
+    )
+    if not fits:
+        want = "(" + ", ".join(str(e) for e in expected) + ("," if len(expected) == 1 else "") + ")"
+        raise ValueError(f"{op}: {name} has shape {shape}, expected {want}, that is {meaning}")
+    return tensor
+
+
+def check_dtype(op: str, name: str, value: Tensor, allowed: Sequence[torch.dtype], why: str = "") -> None:
+    """Raise TypeError unless `value.dtype` is one of `allowed`."""
+    if value.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} has dtype {got}, expected {names}{' (' + why + ')' if why else ''}")
+
+
+def check_device(op: str, name: str, value: Tensor, device: torch.device, beside: str) -> None:
+    """Raise ValueError unless `value` is on `device`."""
+    if value.device != device:
+        raise ValueError(f"{op}: {name} is on {value.device}, but {beside} is on {device}; move one of them")
+
+
+def check_same(op: str, tensors: dict[str, Tensor | None], reference: str, lead: Tensor) -> None:
+    """Raise unless every given tensor shares dtype and device with `lead`, the argument called `reference`."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check_tensor(op, name, tensor)
+        check_device(op, name, tensor, lead.device, reference)
+        check_dtype(op, name, tensor, (lead.dtype,), f"the dtype of {reference}")
