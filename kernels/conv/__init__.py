@@ -1,0 +1,7 @@
+"""Short causal depthwise convolution: `causal_conv1d`, its single step, and the reference."""
+
+from ssm_modal.kernels.conv.op import causal_conv1d
+from ssm_modal.kernels.conv.ref import causal_conv1d_ref
+from ssm_modal.kernels.conv.step import causal_conv1d_step, causal_conv1d_step_
+
+__all__ = ["causal_conv1d", "causal_conv1d_ref", "causal_conv1d_step", "causal_conv1d_step_"]

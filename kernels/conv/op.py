@@ -1,0 +1,100 @@
+"""The public `causal_conv1d`: checks its arguments, asks the dispatcher, and ties backends to autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ssm_modal.kernels import dispatch
+from ssm_modal.kernels.conv.arguments import check_sequence
+from ssm_modal.kernels.conv.shifted import causal_conv1d_shifted
+from ssm_modal.kernels.sequences import Sequences
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    activation: str | None = ...,
+    initial_state: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequences | None = ...,
+    reverse: bool = ...,
+    return_final_state: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    activation: str | None = ...,
+    initial_state: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequences | None = ...,
+    reverse: bool = ...,
+    return_final_state: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    activation: str | None = ...,
+    initial_state: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequences | None = ...,
+    reverse: bool = ...,
+    return_final_state: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequences | None = None,
+    reverse: bool = False,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Short causal depthwise convolution, SiLU fused (Mamba, arXiv 2312.00752, section 3.4).
+
+        out_t = act(bias + sum_j weight[:, d_conv - 1 - j] * x_{t - j}),   j = 0 ... d_conv - 1
+
+    Args:
+        x: (batch, length, d_inner), fp32, bf16, fp16 or fp64; any strides, any length from 0.
+        weight: (d_inner, d_conv), x's dtype, or fp32 beside bf16 and fp16; `weight[:, -1]` weighs the present.
+        bias: (d_inner,), dtypes as weight, or None.
+        activation: None or "silu".
+        initial_state: (batch, d_inner, d_conv - 1), or (sequences, ...) with `cu_seqlens`: the inputs before the
+            first step in scan order, the oldest first, in x's dtype. None stands for zeros.
+        cu_seqlens: int32 or int64 (sequences + 1,) borders of sequences end to end in a batch of one, or a
+            `Sequences`, already validated (needed inside `torch.compile`). No tap crosses a border; a sequence of
+            length 0 hands its state through.
+        reverse: scan from the last step to the first: out_t depends on x_t, x_{t+1}, ...; the state enters at the
+            last step. Equals flip, convolve, flip.
+        return_final_state: also return the state after the last step in scan order.
+        backend: None to choose, "triton", "cpu" or "torch".
+
+    Returns:
+        out (batch, length, d_inner) in x's dtype; with `return_final_state` also the final state, shaped as
+        `initial_state`, in x's dtype. Sums run in fp32 (fp64 for fp64). Gradients flow to x, weight, bias and
+        initial_state, from both outputs.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, dtype, shape or device.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    op = "causal_conv1d"
+    silu, seqs = check_sequence(op, x, weight, bias, activation, initial_state, cu_seqlens)
+    dispatch.choose(op, x, backend)
+    out, final = causal_conv1d_shifted(x, weight, bias, silu, initial_state, seqs, reverse)
+    return (out, final) if return_final_state else out
