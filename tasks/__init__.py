@@ -1,0 +1,41 @@
+"""LightningModules, one a file; loaded when first asked for, since they need the extra `train`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssm_modal.tasks.base import StepOutput, TrainingTask
+    from ssm_modal.tasks.language import LanguageModelling
+    from ssm_modal.tasks.optimizers import OptimizerConfig
+    from ssm_modal.tasks.schedules import ScheduleConfig
+    from ssm_modal.tasks.synthetic import SyntheticTask
+
+_HOMES = {
+    "LanguageModelling": "language",
+    "OptimizerConfig": "optimizers",
+    "ScheduleConfig": "schedules",
+    "StepOutput": "base",
+    "SyntheticTask": "synthetic",
+    "TrainingTask": "base",
+}
+
+__all__ = [
+    "LanguageModelling",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "StepOutput",
+    "SyntheticTask",
+    "TrainingTask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

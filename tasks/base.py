@@ -1,0 +1,319 @@
+"""What every training task shares: the model, AdamW and its schedule, exact means, resuming, and clear mismatches."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ssm_modal
+from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
+from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
+
+try:
+    from lightning.pytorch import LightningModule
+except ImportError as error:
+    raise ImportError('training needs Lightning: pip install "ssm-modal[train]"') from error
+
+IGNORE = -100
+"""The label of a position at which nothing is predicted."""
+
+DEFAULT_OPTIMIZER = OptimizerConfig()
+DEFAULT_SCHEDULE = ScheduleConfig()
+
+_CHECKPOINT_KEY = "ssm_modal"
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one batch gives: sums and counts, so that means over batches and processes are exact.
+
+    loss: () the summed loss over the batch's targets, in nats. count: () the number of targets.
+    sums: further metrics, each name to ((), ()): its sum over the batch and what to divide by.
+    """
+
+    loss: Tensor
+    count: Tensor
+    sums: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy in nats, and the number of targets.
+
+    logits: (batch, length, vocab), any floating dtype, the sum is taken in fp32 (fp64 for fp64). labels:
+    (batch, length) int64, aligned with the logits, -100 where nothing is predicted.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:-1])}, the logits'"
+        )
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss, (labels != IGNORE).sum()
+
+
+class TrainingTask(LightningModule):
+    """A model of the registry, trained by AdamW. A task derives from it and writes `step`.
+
+    Args:
+        model: a name of `ssm_modal.list_models()`.
+        overrides: fields of its config to change, as in `ssm_modal.create_model(model, **overrides)`.
+        optimizer: AdamW and its parameter groups.
+        schedule: the learning rate over the run.
+        init_from: weights to start from: a folder of `save_pretrained`, a run's folder or a `.ckpt`.
+        init_part: "all" of them, or the "backbone" alone, under a new head and embedding.
+
+    A batch is a dict with `ids` (batch, length) int64, `labels` likewise (-100 where nothing is predicted) and
+    optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once a batch and on the host.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        model: str,
+        overrides: dict[str, Any] | None = None,
+        optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
+        schedule: ScheduleConfig = DEFAULT_SCHEDULE,
+        init_from: str | None = None,
+        init_part: Literal["all", "backbone"] = "all",
+    ) -> None:
+        super().__init__()
+        overrides = dict(overrides or {})
+        self.optimizer_config, self.schedule_config = optimizer, schedule
+        self.model: nn.Module = ssm_modal.create_model(model, **overrides)
+        # Plain data only: a checkpoint must load under torch.load(weights_only=True).
+        self.save_hyperparameters(
+            {"model": model, "overrides": overrides, "model_config": self.model_config()}
+        )
+        if init_from is not None:
+            self._start_from(init_from, init_part)
+        self._totals: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------ what a task writes
+
+    def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
+        """The loss of one batch on the device, and what else `stage` ("train", "val" or "test") measures."""
+        raise NotImplementedError(f"{type(self).__name__} must define step(batch, stage)")
+
+    def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
+        """Metrics computed from the exact means of a whole validation or test, e.g. perplexity from the loss."""
+        return {}
+
+    # ------------------------------------------------------------------ model
+
+    def forward(self, ids: Tensor, state: Any = None, *, seqs: Sequences | None = None) -> tuple[Tensor, Any]:
+        """As the model's forward: `(logits, state)`."""
+        return self.model(ids, state, seqs=seqs)
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """The model's logits for a batch, packed or not."""
+        seqs = batch.get("seqs")
+        return (self.model(batch["ids"], seqs=seqs) if seqs is not None else self.model(batch["ids"]))[0]
+
+    def model_config(self) -> dict[str, Any]:
+        """The model's whole config as plain data."""
+        return self.model.config.to_dict()  # type: ignore[union-attr, operator]
+
+    def _start_from(self, path: str, part: str) -> None:
+        source = ssm_modal.load_pretrained(path)
+        target: Any = self.model
+        if part == "backbone":
+            if not hasattr(source, "backbone"):
+                raise ValueError(f"init_from={path!r} holds a {type(source).__name__}, which has no backbone")
+            source, target = source.backbone, target.backbone
+        given, wanted = source.state_dict(), target.state_dict()
+        wrong = [
+            f"{name}: {_shape(given, name)} there, {_shape(wanted, name)} here"
+            for name in sorted(given.keys() | wanted.keys())
+            if _shape(given, name) != _shape(wanted, name)
+        ]
+        if wrong:
+            raise ValueError(
+                f"init_from={path!r} is of another architecture ({part}): "
+                + _some(wrong)
+                + "; set the model's "
+                "overrides as there, or init_part: backbone to take the backbone alone"
+            )
+        target.load_state_dict(given)
+
+    # ------------------------------------------------------------------ optimisation
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, with the schedule moved once an optimizer step."""
+        # fp16's loss scaling forbids clipping beside an optimizer that unscales gradients itself, as the fused one.
+        allow_fused = not str(self.trainer.precision).startswith("16")
+        optimizer = build_optimizer(self, self.optimizer_config, allow_fused=allow_fused)
+        schedule = build_schedule(
+            optimizer, self.schedule_config, self.optimizer_config.lr, int(self.trainer.max_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.reseed()
+
+    def reseed(self) -> None:
+        """Seed every generator for the training batch at hand, a function of (seed, process, batch counter).
+
+        So dropout draws the same numbers after a resume, without any generator's state in the checkpoint. Does
+        nothing where the run has no seed (`seed_everything` was never called).
+        """
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        if seed is None:
+            return
+        counter = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        # Seeding with a string hashes it (SHA-512), the same in every process.
+        own = random.Random(f"{seed}/{self.trainer.global_rank}/{counter}").getrandbits(63)
+        random.seed(own)
+        torch.manual_seed(own)
+        try:
+            import numpy as np
+        except ImportError:
+            return
+        np.random.seed(own % 2**32)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The mean loss over the targets of all processes' batches."""
+        out = self.step(batch, "train")
+        totals = torch.stack([out.loss.detach().double(), out.count.double()])
+        world = int(self.trainer.world_size)
+        if world > 1:
+            torch.distributed.all_reduce(totals)
+        count = totals[1].clamp(min=1)
+        # DDP averages gradients over the processes: with this factor the result is the mean over all targets, also
+        # where the processes hold unequal numbers of them.
+        loss = out.loss * (world / count).to(out.loss.dtype)
+        self.log("train/loss", (totals[0] / count).float(), prog_bar=True)
+        return loss
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("lr", optimizer.param_groups[0]["lr"])
+
+    # ------------------------------------------------------------------ validation and test
+
+    def on_validation_epoch_start(self) -> None:
+        self._totals = {}
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._add(self.step(batch, "val"))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._totals = {}
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._add(self.step(batch, "test"))
+
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test")
+
+    def _add(self, out: StepOutput) -> None:
+        for name, (total, count) in {**out.sums, "loss": (out.loss, out.count)}.items():
+            pair = torch.stack([total.detach().double(), count.double()])
+            self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+
+    def _log_means(self, stage: str) -> None:
+        means = self.reduce_totals()
+        for name, value in {**means, **self.derived_metrics(stage, means)}.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss")
+
+    def reduce_totals(self) -> dict[str, float]:
+        """The exact mean of every metric over the batches of all processes so far (same names everywhere)."""
+        names = sorted(self._totals)
+        world = int(self.trainer.world_size)
+        if world > 1:
+            # A process that had no batch has no totals: the names travel too.
+            gathered: list[Any] = [None] * world
+            torch.distributed.all_gather_object(gathered, {n: self._totals[n].tolist() for n in names})
+        else:
+            gathered = [{n: self._totals[n].tolist() for n in names}]
+        means = {}
+        for name in sorted({n for one in gathered for n in one}):
+            total = math.fsum(one[name][0] for one in gathered if name in one)
+            count = math.fsum(one[name][1] for one in gathered if name in one)
+            means[name] = total / count if count else math.nan
+        return means
+
+    # ------------------------------------------------------------------ batches and checkpoints
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; `cu_seqlens` is checked on the host and becomes `seqs`, so no layer reads the device."""
+        if not isinstance(batch, dict) or "cu_seqlens" not in batch:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        rest = {k: v for k, v in batch.items() if k != "cu_seqlens"}
+        host = batch["cu_seqlens"].cpu()
+        seqs = Sequences.from_cu_seqlens(host, batch["ids"].shape[1], host.device)
+        moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
+        return {**moved, "seqs": seqs.to(device)}
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run, where a task writes its results."""
+        return Path(self.trainer.default_root_dir)
+
+    def setup(self, stage: str) -> None:
+        wanted = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
+        have = self.hparams["model_config"].get("vocab_size")
+        if isinstance(wanted, int) and isinstance(have, int) and wanted > have:
+            raise ValueError(
+                f"the data has a vocabulary of {wanted} ids, but the model's vocab_size is {have}; set "
+                f"model.init_args.overrides.vocab_size to {wanted} or more"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_CHECKPOINT_KEY] = {
+            "version": ssm_modal.__version__,
+            "task": f"{type(self).__module__}.{type(self).__qualname__}",
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "world_size": int(self.trainer.world_size),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError for a checkpoint of another architecture, or, going on with a run, of another seed."""
+        there = checkpoint.get("hyper_parameters", {}).get("model_config")
+        if there is not None:
+            wrong = config_differences(there, self.model_config())
+            if wrong:
+                raise ValueError("the checkpoint is of another architecture: " + _some(wrong))
+        about = checkpoint.get(_CHECKPOINT_KEY, {})
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if not fitting or not about:
+            return
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        if about["seed"] != seed:
+            raise ValueError(
+                f"the checkpoint is of a run with seed {about['seed']}, but this one has seed {seed}: it would not go "
+                "on with the same batches; use the same --seed_everything, or another run_dir"
+            )
+
+
+def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two plain configs differ, each as `key: value there, value here`."""
+    out = []
+    for key in [*there, *(k for k in here if k not in there)]:
+        a, b, name = there.get(key), here.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += config_differences(a, b, f"{name}.")
+        elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            out.append(f"{name} is {a!r} there and {b!r} here")
+    return out
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(state[name].shape)) if name in state else "nothing"
+
+
+def _some(items: list[str], most: int = 4) -> str:
+    more = len(items) - most
+    return "; ".join(items[:most]) + (f"; and {more} more" if more > 0 else "")
