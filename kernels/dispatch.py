@@ -1,9 +1,9 @@
 """Which backend serves a call: decided here and nowhere else, askable (`explain`) and overridable.
 
-A backend is one of "triton", "cpu" (compiled C) and "torch" (chunked, pure torch, runs everywhere). An op asks
-`choose(op, tensor, backend)` once a call. An argument `backend=` wins over `use_backend(...)`, which wins over the
-environment variable `SSM_MODAL_BACKEND`, which wins over the default order: triton on CUDA, then cpu on the CPU, then
-torch.
+A backend is one of "triton", "cpu" (compiled C) and "torch" (chunked, pure torch, runs everywhere). An op
+asks `choose(op, tensor, backend)` once a call. An argument `backend=` wins over `use_backend(...)`, which
+wins over the environment variable `SSM_MODAL_BACKEND`, which wins over the default order: triton on CUDA,
+then cpu on the CPU, then torch.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
             return f"the Triton kernels serve CUDA tensors, these are on {device.type}"
         if device.type == "cuda" and interpreting():
             return "TRITON_INTERPRET=1 is set, so CUDA tensors cannot run compiled kernels; unset it"
-        if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) <
+        (8, 0):
             major, minor = torch.cuda.get_device_capability(device)
             return f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
         return None
@@ -142,6 +143,16 @@ def explain(
             return Choice(candidate, "; ".join(refused) or f"first choice on {device.type}")
         refused.append(f"not {candidate}: {reason}")
     raise AssertionError("unreachable: backend 'torch' serves every op")
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """The name of the backend alone. Under torch.compile it is settled while the graph is traced."""
+    return explain(op, device=device, dtype=dtype, backend=backend).backend
+
+
+# What `torch.compiler.assume_constant_result` does, without its import of torch._dynamo: dynamo calls the
+# function instead of tracing it, for it reads the environment and may compile the CPU kernels.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _asked(backend: str | None) -> tuple[str | None, str]:

@@ -1,0 +1,7 @@
+"""The selective scan S6 (Mamba): reference, chunked torch form, Triton and compiled forms, step, public op."""
+
+from ssm_modal.kernels.scan.op import selective_scan
+from ssm_modal.kernels.scan.ref import selective_scan_ref
+from ssm_modal.kernels.scan.step import selective_scan_step, selective_scan_step_
+
+__all__ = ["selective_scan", "selective_scan_ref", "selective_scan_step", "selective_scan_step_"]

@@ -1,0 +1,280 @@
+"""Custom ops that tie the backends of the selective scan to autograd and to torch.compile.
+
+`ssm_modal::selective_scan_fwd` and `ssm_modal::selective_scan_bwd` take checked arguments. Packed sequences
+come as `cu_seqlens` beside their `lengths` on the host, so that the ops find their `Sequences`, chunk tables
+included, in a cache and never read the device.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ssm_modal.kernels.checks import state_dtype
+from ssm_modal.kernels.scan import chunked
+from ssm_modal.kernels.sequences import Sequences
+
+torch.library.define(
+    "ssm_modal::selective_scan_fwd",
+    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, int[] lengths, bool reverse, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "ssm_modal::selective_scan_bwd",
+    "(Tensor dout, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, int[] lengths, "
+    "bool reverse, Tensor boundaries, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+_CACHE: OrderedDict[tuple[tuple[int, ...], torch.device], Sequences] = OrderedDict()
+_CACHE_SIZE = 16
+
+
+def cached_sequences(cu_seqlens: Tensor | None, lengths: Sequence[int]) -> Sequences | None:
+    """The `Sequences` of these lengths on this device, built once while it stays among the last used."""
+    if cu_seqlens is None:
+        return None
+    key = (tuple(lengths), cu_seqlens.device)
+    seqs = _CACHE.pop(key, None)
+    if seqs is None:
+        # A copy: the caller may write the next batch's borders into the same tensor.
+        seqs = Sequences(key[0], cu_seqlens.to(torch.int64, copy=True))
+    _CACHE[key] = seqs
+    while len(_CACHE) > _CACHE_SIZE:
+        _CACHE.popitem(last=False)
+    return seqs
+
+
+def backend_functions(backend: str) -> tuple[Any, Any]:
+    """The functions `selective_scan_fwd` and `selective_scan_bwd` of a backend, imported when first asked for."""
+    if backend == "triton":
+        from ssm_modal.kernels.scan import triton_bwd, triton_fwd
+
+        return triton_fwd.selective_scan_fwd, triton_bwd.selective_scan_bwd
+    if backend == "cpu":
+        from ssm_modal.kernels.cpu import bindings
+
+        return bindings.selective_scan_fwd, bindings.selective_scan_bwd
+    return chunked.selective_scan_fwd, chunked.selective_scan_bwd
+
+
+def _boundaries_module(backend: str) -> ModuleType:
+    if backend == "triton":
+        from ssm_modal.kernels.scan import triton_fwd
+
+        return triton_fwd
+    if backend == "cpu":
+        from ssm_modal.kernels.cpu import bindings
+
+        return bindings
+    return chunked
+
+
+def _fwd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Sequence[int],
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    seqs = cached_sequences(cu_seqlens, lengths)
+    fwd = backend_functions(backend)[0]
+    return fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse)
+
+
+def _fwd_fake(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Sequence[int],
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = state_dtype(u.dtype)
+    packed = tuple(lengths) if cu_seqlens is not None else None
+    rows = u.shape[0] if packed is None else len(packed)
+    shape = _boundaries_module(backend).boundaries_shape(
+        u.shape[0], u.shape[1], u.shape[2], A.shape[1], B.shape[2], packed
+    )
+    return (
+        u.new_empty(u.shape),
+        u.new_empty((rows, *A.shape), dtype=wide),
+        u.new_empty(shape, dtype=wide),
+    )
+
+
+def _bwd(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Sequence[int],
+    reverse: bool,
+    boundaries: Tensor,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    seqs = cached_sequences(cu_seqlens, lengths)
+    bwd = backend_functions(backend)[1]
+    grads = bwd(
+        dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse,
+        boundaries,
+    )  # fmt: skip
+    # A custom op returns tensors only: an empty one stands for None.
+    return tuple(u.new_empty(0) if g is None else g for g in grads)
+
+
+def _bwd_fake(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Sequence[int],
+    reverse: bool,
+    boundaries: Tensor,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, cu_seqlens, lengths, reverse, backend = (
+        inputs
+    )
+    boundaries = output[2]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(boundaries)
+    ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, boundaries)
+    ctx.options = (softplus, list(lengths), reverse, backend)
+    ctx.out_like = output[0].shape
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dout is None and dfinal_state is None:
+        return (None,) * 14
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, boundaries = ctx.saved_tensors
+    softplus, lengths, reverse, backend = ctx.options
+    if dout is None:
+        dout = torch.zeros_like(u, memory_format=torch.contiguous_format)
+    grads = torch.ops.ssm_modal.selective_scan_bwd(
+        dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, cu_seqlens, lengths,
+        reverse, boundaries, backend,
+    )  # fmt: skip
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (
+        g if t is not None else None for g, t in zip(grads, given)
+    )
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None, None, None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "selective_scan has first derivatives only: a second derivative was asked for (backward through a gradient "
+        "taken with create_graph=True); use selective_scan_ref for that"
+    )
+
+
+torch.library.impl("ssm_modal::selective_scan_fwd", "default")(_fwd)
+torch.library.impl("ssm_modal::selective_scan_bwd", "default")(_bwd)
+torch.library.register_fake("ssm_modal::selective_scan_fwd")(_fwd_fake)
+torch.library.register_fake("ssm_modal::selective_scan_bwd")(_bwd_fake)
+torch.library.register_autograd("ssm_modal::selective_scan_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("ssm_modal::selective_scan_bwd", _no_double_backward)
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seqs: Sequences | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, final_state) by `backend` on checked arguments, differentiable; B, C: (batch, length, groups,
+    d_state).
+
+    Where no gradient is recorded, an eager call goes straight to the backend: the dispatcher and autograd's
+    bookkeeping cost more than a short scan.
+    """
+    if not torch.compiler.is_compiling():
+        given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        plain = all(t is None or type(t) in _PLAIN for t in given) and _get_current_dispatch_mode() is None
+        if plain and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
+            fwd = backend_functions(backend)[0]
+            out, final, _ = fwd(
+                u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse
+            )
+            return out, final
+    cu_seqlens, lengths = (None, []) if seqs is None else (seqs.cu_seqlens, list(seqs.lengths))
+    out, final, _ = torch.ops.ssm_modal.selective_scan_fwd(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        initial_state,
+        cu_seqlens,
+        lengths,
+        reverse,
+        backend,
+    )
+    return out, final
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,211 @@
+"""`selective_scan`, the op everything rests on: checks its arguments, chooses a backend and calls it."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from ssm_modal.kernels.checks import (
+    FLOATING,
+    check_device,
+    check_dtype,
+    check_same,
+    check_shape,
+    state_dtype,
+)
+from ssm_modal.kernels.dispatch import resolve
+from ssm_modal.kernels.scan.custom_op import scan
+from ssm_modal.kernels.sequences import Sequences
+
+OP = "selective_scan"
+MAX_STATE = 256
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequences | None = None,
+    reverse: bool = False,
+    return_final_state: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequences | None = None,
+    reverse: bool = False,
+    return_final_state: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequences | None = None,
+    reverse: bool = False,
+    return_final_state: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequences | None = None,
+    reverse: bool = False,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan S6 (Mamba, arXiv 2312.00752, algorithm 2, equations 2-4):
+
+        dt_t = softplus(delta_t + delta_bias)
+        h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t
+        y_t  = <C_t, h_t> + D u_t,    out_t = y_t * silu(z_t)
+
+    Args:
+        u: (batch, length, d_inner), the input; fp32, bf16, fp16 or fp64. Any length from 0, any strides.
+        delta: (batch, length, d_inner), dtype of u: the step size, before bias and softplus.
+        A: (d_inner, d_state) real, fp32 (fp64 beside fp64 inputs); d_state 1 to 256.
+        B, C: (batch, length, d_state) or (batch, length, groups, d_state), groups dividing d_inner; dtype of
+        u. D: (d_inner,) dtype of A, the skip connection. z: (batch, length, d_inner) dtype of u, the gate.
+        delta_bias: (d_inner,) dtype of A. delta_softplus: pass delta + delta_bias through softplus (threshold
+        20, as torch). initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with
+        `cu_seqlens`; dtype of A. cu_seqlens: borders of packed sequences, int32 or int64 (sequences + 1,),
+        batch 1, or a checked `Sequences`
+            (a tensor is read from its device once a call, which synchronises and cannot be compiled whole).
+        reverse: h_t depends on h_{t+1}; the initial state enters at the last step, and the final state is the
+        one
+            after step 0, of each sequence.
+        return_final_state: return (out, final_state) instead of out.
+        backend: "triton", "cpu", "torch", or None to choose (see `ssm_modal.kernels.dispatch`).
+
+    Returns:
+        out: (batch, length, d_inner), dtype of u; final_state: shape of initial_state, dtype of A. First
+        derivatives flow to every tensor argument, from both. Under autocast nothing is cast.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        BackendError: the backend asked for cannot serve this call.
+    """
+    B, C, seqs = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    chosen = resolve(OP, u.device, u.dtype, backend)
+    # Nothing to compute, or one step at most: kernels need not know of empty axes.
+    if u.numel() == 0:
+        chosen = "torch"
+    out, final = scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse, chosen
+    )
+    return (out, final) if return_final_state else out
+
+
+def check_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | Sequences | None,
+) -> tuple[Tensor, Tensor, Sequences | None]:
+    """Check every argument of `selective_scan`; B and C as (batch, length, groups, d_state), and the sequences."""
+    check_shape(OP, "u", u, ("batch", "length", "d_inner"), "(batch, length, d_inner)")
+    check_dtype(OP, "u", u, FLOATING)
+    batch, length, d_inner = u.shape
+    wide = state_dtype(u.dtype)
+    beside = f"with u in {str(u.dtype).removeprefix('torch.')}"
+
+    check_shape(OP, "A", A, (d_inner, "d_state"), "(d_inner, d_state)")
+    if A.is_complex():
+        raise TypeError(f"{OP}: A is complex, expected a real diagonal; for complex states use lti_scan")
+    d_state = A.shape[1]
+    if not 1 <= d_state <= MAX_STATE:
+        raise ValueError(f"{OP}: A has d_state {d_state}, expected 1 to {MAX_STATE}")
+
+    for name, x in (("delta", delta), ("z", z)):
+        if x is not None:
+            check_shape(OP, name, x, (batch, length, d_inner), "(batch, length, d_inner), the shape of u")
+    B, C = (_canonical(name, m, batch, length, d_inner, d_state) for name, m in (("B", B), ("C", C)))
+    if B.shape != C.shape:
+        raise ValueError(f"{OP}: B has {B.shape[2]} groups and C has {C.shape[2]}, expected the same number")
+    check_same(OP, {"delta": delta, "B": B, "C": C, "z": z}, "u", u)
+
+    seqs = None
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(
+                f"{OP}: u has batch {batch}, expected 1 with cu_seqlens (sequences stand end to end)"
+            )
+        seqs = Sequences.from_cu_seqlens(cu_seqlens, length, u.device)
+    if initial_state is not None:
+        rows, axis = (batch, "batch") if seqs is None else (seqs.n, "sequences")
+        meaning = f"({axis}, d_inner, d_state)"
+        check_shape(OP, "initial_state", initial_state, (rows, d_inner, d_state), meaning)
+    for name, p in (("D", D), ("delta_bias", delta_bias)):
+        if p is not None:
+            check_shape(OP, name, p, (d_inner,), "(d_inner,)")
+    for name, p in (("A", A), ("D", D), ("delta_bias", delta_bias), ("initial_state", initial_state)):
+        if p is not None:
+            check_device(OP, name, p, u.device, "u")
+            check_dtype(OP, name, p, (wide,), beside)
+    return B, C, seqs
+
+
+def _canonical(name: str, m: Tensor, batch: int, length: int, d_inner: int, d_state: int) -> Tensor:
+    """B or C as (batch, length, groups, d_state)."""
+    if not isinstance(m, Tensor) or m.ndim != 4:
+        meaning = "(batch, length, d_state) or (batch, length, groups, d_state)"
+        check_shape(OP, name, m, (batch, length, d_state), meaning)
+        return m.unsqueeze(2)
+    check_shape(OP, name, m, (batch, length, "groups", d_state), "(batch, length, groups, d_state)")
+    groups = m.shape[2]
+    if groups == 0 or d_inner % groups:
+        raise ValueError(
+            f"{OP}: {name} has {groups} groups, expected a divisor of d_inner, which is {d_inner}"
+        )
+    return m
