@@ -90,9 +90,10 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
             return f"the Triton kernels serve CUDA tensors, these are on {device.type}"
         if device.type == "cuda" and interpreting():
             return "TRITON_INTERPRET=1 is set, so CUDA tensors cannot run compiled kernels; unset it"
-        if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) <
-        (8, 0):
+        if device.type == "cuda" and torch.version.hip is None:
             major, minor = torch.cuda.get_device_capability(device)
+            if (major, minor) >= (8, 0):
+                return None
             return f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
         return None
     if device.type != "cpu":
@@ -106,7 +107,7 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def choose(op: str, lead: Tensor, backend: str | None = None) -> Choice:
-    """The backend for `op` on tensors like `lead`; raises BackendError where one was asked for and cannot serve."""
+    """The backend for `op` on tensors like `lead`; BackendError where the one asked for cannot serve."""
     return explain(op, device=lead.device, dtype=lead.dtype, backend=backend)
 
 

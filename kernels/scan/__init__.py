@@ -1,4 +1,4 @@
-"""The selective scan S6 (Mamba): reference, chunked torch form, Triton and compiled forms, step, public op."""
+"""The selective scan S6 (Mamba): reference, torch and Triton forms, step, public op."""
 
 from ssm_modal.kernels.scan.op import selective_scan
 from ssm_modal.kernels.scan.ref import selective_scan_ref

@@ -23,13 +23,13 @@ from ssm_modal.kernels.sequences import Sequences
 torch.library.define(
     "ssm_modal::selective_scan_fwd",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, int[] lengths, bool reverse, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, int[] lengths, bool reverse, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "ssm_modal::selective_scan_bwd",
-    "(Tensor dout, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, int[] lengths, "
+    "(Tensor dout, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, int[] lengths, "
     "bool reverse, Tensor boundaries, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -54,7 +54,7 @@ def cached_sequences(cu_seqlens: Tensor | None, lengths: Sequence[int]) -> Seque
 
 
 def backend_functions(backend: str) -> tuple[Any, Any]:
-    """The functions `selective_scan_fwd` and `selective_scan_bwd` of a backend, imported when first asked for."""
+    """A backend's `selective_scan_fwd` and `selective_scan_bwd`, imported when first asked for."""
     if backend == "triton":
         from ssm_modal.kernels.scan import triton_bwd, triton_fwd
 
@@ -214,8 +214,8 @@ def _backward(
 
 def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
-        "selective_scan has first derivatives only: a second derivative was asked for (backward through a gradient "
-        "taken with create_graph=True); use selective_scan_ref for that"
+        "selective_scan has first derivatives only, but a second derivative was asked for (backward through a "
+        "gradient taken with create_graph=True); use selective_scan_ref for that"
     )
 
 

@@ -109,16 +109,17 @@ def selective_scan(
         u: (batch, length, d_inner), the input; fp32, bf16, fp16 or fp64. Any length from 0, any strides.
         delta: (batch, length, d_inner), dtype of u: the step size, before bias and softplus.
         A: (d_inner, d_state) real, fp32 (fp64 beside fp64 inputs); d_state 1 to 256.
-        B, C: (batch, length, d_state) or (batch, length, groups, d_state), groups dividing d_inner; dtype of
-        u. D: (d_inner,) dtype of A, the skip connection. z: (batch, length, d_inner) dtype of u, the gate.
-        delta_bias: (d_inner,) dtype of A. delta_softplus: pass delta + delta_bias through softplus (threshold
-        20, as torch). initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with
-        `cu_seqlens`; dtype of A. cu_seqlens: borders of packed sequences, int32 or int64 (sequences + 1,),
-        batch 1, or a checked `Sequences`
-            (a tensor is read from its device once a call, which synchronises and cannot be compiled whole).
+        B, C: (batch, length, d_state) or (batch, length, groups, d_state), dtype of u, groups dividing d_inner.
+        D: (d_inner,) dtype of A, the skip connection.
+        z: (batch, length, d_inner) dtype of u, the gate.
+        delta_bias: (d_inner,) dtype of A.
+        delta_softplus: pass delta + delta_bias through softplus (threshold 20, as torch).
+        initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with `cu_seqlens`, dtype of A.
+        cu_seqlens: borders of packed sequences, int32 or int64 (sequences + 1,), batch 1, or a checked
+            `Sequences` (a tensor is read from its device once a call: that synchronises, and torch.compile
+            cannot take it whole).
         reverse: h_t depends on h_{t+1}; the initial state enters at the last step, and the final state is the
-        one
-            after step 0, of each sequence.
+            one after step 0, of each sequence.
         return_final_state: return (out, final_state) instead of out.
         backend: "triton", "cpu", "torch", or None to choose (see `ssm_modal.kernels.dispatch`).
 
@@ -153,7 +154,7 @@ def check_scan(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | Sequences | None,
 ) -> tuple[Tensor, Tensor, Sequences | None]:
-    """Check every argument of `selective_scan`; B and C as (batch, length, groups, d_state), and the sequences."""
+    """Check every argument; returns B and C as (batch, length, groups, d_state), and the sequences."""
     check_shape(OP, "u", u, ("batch", "length", "d_inner"), "(batch, length, d_inner)")
     check_dtype(OP, "u", u, FLOATING)
     batch, length, d_inner = u.shape

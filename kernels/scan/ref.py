@@ -16,6 +16,8 @@ Mamba: Linear-Time Sequence Modeling with Selective State Spaces (arXiv 2312.007
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,4 +97,4 @@ def _groups(m: Tensor) -> int:
 
 def _spans(cu_seqlens: Tensor | Sequences) -> list[tuple[int, int]]:
     borders = (cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Sequences) else cu_seqlens).tolist()
-    return list(zip(borders[:-1], borders[1:]))
+    return list(pairwise(borders))
