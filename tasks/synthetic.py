@@ -1,0 +1,209 @@
+"""SyntheticTask: train a model on a synthetic task, then test it at a list of lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_modal.tasks.base import (
+    DEFAULT_OPTIMIZER,
+    DEFAULT_SCHEDULE,
+    IGNORE,
+    OptimizerConfig,
+    ScheduleConfig,
+    StepOutput,
+    TrainingTask,
+)
+from ssm_modal.tasks.lengths import (
+    SEGMENT,
+    LengthResult,
+    count_right,
+    evaluate_lengths,
+    evaluate_setting,
+    print_table,
+    write_results,
+)
+
+_CHECKPOINT_KEY = "ssm_modal_synthetic"
+
+
+class SyntheticTask(TrainingTask):
+    """Learn to predict the labelled positions of sequences, and measure accuracy at many lengths.
+
+    Logits are computed at labelled positions only. Validation logs `val/loss` and `val/accuracy` at the trained
+    length, and `val/accuracy_<length>` at every other length that the data module validates. After training and by
+    `ssm-modal test` every test setting of the data module is run, long sequences streamed through the state (see
+    `ssm_modal.tasks.lengths`), and the run's folder gets `lengths.csv`, `lengths_details.csv` and `lengths.png`.
+
+    The data module must give what `SyntheticDataModule` gives: `length`, `chance`, `test_settings`, `test_batch`.
+
+    Args:
+        model, overrides, optimizer, schedule, init_from, init_part: see `TrainingTask`.
+        stop_at: end the training once every validated accuracy has been at least this (0 to 1) at `stop_checks`
+            validations running; None trains to `trainer.max_steps`.
+        stop_checks: see `stop_at`.
+        test_after_fit: run the lengths after training.
+        segment: tokens of a sequence that go through the model at once in tests and validation.
+        tokens_in_flight: tokens of a test batch that go through the model at once; None: 2^14 on a CPU, 2^19 on CUDA.
+        max_length: longer test settings are reported as n/a, for a model whose state grows with the length.
+    """
+
+    def __init__(
+        self,
+        model: str = "mamba_lm",
+        overrides: dict[str, Any] | None = None,
+        optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
+        schedule: ScheduleConfig = DEFAULT_SCHEDULE,
+        init_from: str | None = None,
+        init_part: Literal["all", "backbone"] = "all",
+        stop_at: float | None = None,
+        stop_checks: int = 2,
+        test_after_fit: bool = True,
+        segment: int = SEGMENT,
+        tokens_in_flight: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        if stop_at is not None and not 0 < stop_at <= 1:
+            raise ValueError(f"stop_at is {stop_at}, expected above 0 and at most 1, or None")
+        for name, value in {
+            "stop_checks": stop_checks,
+            "segment": segment,
+            "tokens_in_flight": tokens_in_flight,
+            "max_length": max_length,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        super().__init__(model, overrides, optimizer, schedule, init_from, init_part)
+        self.stop_at, self.stop_checks = stop_at, stop_checks
+        self.test_after_fit = test_after_fit
+        self.segment, self.tokens_in_flight, self.max_length = segment, tokens_in_flight, max_length
+        self.results: list[LengthResult] = []
+        self._checks_passed = 0
+
+    @property
+    def data(self) -> Any:
+        """The data module, known to have what the length tests need."""
+        data = getattr(self.trainer, "datamodule", None)
+        missing = [n for n in ("length", "chance", "test_settings", "test_batch") if not hasattr(data, n)]
+        if missing:
+            raise TypeError(
+                f"SyntheticTask got the data {type(data).__name__}, expected a data module with {', '.join(missing)}, "
+                "such as SyntheticDataModule"
+            )
+        return data
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        _ = self.data
+
+    # ------------------------------------------------------------------ training and validation
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch, with the labelled positions found while the labels are still on the host.
+
+        Looking for them on the device would make the host wait for it at every step.
+        """
+        if not isinstance(batch, dict) or "labels" not in batch:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        rows, columns = torch.nonzero(batch["labels"] != IGNORE, as_tuple=True)
+        found = {"rows": rows, "columns": columns, "targets": batch["labels"][rows, columns]}
+        return super().transfer_batch_to_device({**batch, **found}, device, dataloader_idx)
+
+    def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
+        """The loss at the labelled positions; in validation accuracy too."""
+        ids = batch["ids"]
+        if stage == "val" and ids.shape[1] != self.data.length:
+            right, _ = count_right(self.model, ids, batch["labels"], segment=self.segment)
+            nothing = torch.zeros((), device=ids.device)
+            pair = (torch.tensor(float(right)), torch.tensor(float(len(batch["targets"]))))
+            return StepOutput(nothing, nothing, {f"accuracy_{ids.shape[1]}": pair})
+        logits = self._labelled_logits(batch)
+        targets = batch["targets"]
+        count = torch.tensor(len(targets), device=ids.device)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        if stage == "train":
+            return StepOutput(loss, count)
+        right_here = (logits.argmax(-1) == targets).sum()
+        return StepOutput(loss, count, {"accuracy": (right_here, count)})
+
+    def _labelled_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        model: Any = self.model
+        hidden, _ = model.hidden(batch["ids"])
+        return model.head(hidden[batch["rows"], batch["columns"]])
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.stop_at is None or self.trainer.sanity_checking or self.trainer.state.fn != "fit":
+            return
+        accuracies = [v for name, v in self.reduce_totals().items() if name.startswith("accuracy")]
+        passed = bool(accuracies) and min(accuracies) >= self.stop_at
+        self._checks_passed = self._checks_passed + 1 if passed else 0
+        if self._checks_passed >= self.stop_checks:
+            self.trainer.should_stop = True
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """What the model predicts at labelled positions, (batch, length) int64, -100 elsewhere; and the batch."""
+        predicted = torch.full_like(batch["labels"], IGNORE)
+        predicted[batch["rows"], batch["columns"]] = self._labelled_logits(batch).argmax(-1)
+        return {"ids": batch["ids"], "labels": batch["labels"], "predicted": predicted}
+
+    # ------------------------------------------------------------------ lengths
+
+    def _length_options(self) -> dict[str, Any]:
+        return {
+            "segment": self.segment,
+            "tokens_in_flight": self.tokens_in_flight,
+            "max_length": self.max_length,
+            "device": self.device,
+            "rank": int(self.trainer.global_rank),
+            "world": int(self.trainer.world_size),
+        }
+
+    def on_train_end(self) -> None:
+        if not self.test_after_fit or self.trainer.fast_dev_run:
+            return
+        with self.trainer.precision_plugin.forward_context():
+            self.results = evaluate_lengths(self.model, self.data, **self._length_options())
+        self._report()
+
+    def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
+        self.results = []
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """One test setting of the data module, every sequence of it."""
+        self.results.append(
+            evaluate_setting(self.model, self.data, int(batch["setting"]), **self._length_options())
+        )
+
+    def on_test_epoch_end(self) -> None:
+        for result in self.results:
+            if result.accuracy is not None:
+                pairs = "" if result.pairs is None else f"_{result.pairs}"
+                self.log(f"test/accuracy_{result.length}{pairs}", result.accuracy)
+        self._report()
+
+    def _report(self) -> None:
+        """Write the results into the run's folder and print them."""
+        if not self.trainer.is_global_zero or not self.results:
+            return
+        name = str(self.hparams["model"])
+        title = f"{getattr(self.data, 'task', 'synthetic')}, {name}"
+        write_results(
+            self.run_dir, self.results, trained_length=self.data.length, chance=self.data.chance, title=title
+        )
+        print_table(self.results, title)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_CHECKPOINT_KEY] = {"checks_passed": self._checks_passed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._checks_passed = int(checkpoint.get(_CHECKPOINT_KEY, {}).get("checks_passed", 0))
