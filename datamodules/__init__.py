@@ -1,0 +1,1 @@
+"""LightningDataModules and their data sets, one a file; import each from its own module."""

@@ -1,0 +1,24 @@
+"""Tokenizers: what turns a file's content into ids and back."""
+
+from __future__ import annotations
+
+from ssm_modal.tokenizers.base import StreamDecoder, TextTokenizer
+from ssm_modal.tokenizers.huggingface import HuggingFaceTokenizer
+from ssm_modal.tokenizers.text import (
+    ByteTokenizer,
+    CharTokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    tokenizer_from_config,
+)
+
+__all__ = [
+    "ByteTokenizer",
+    "CharTokenizer",
+    "HuggingFaceTokenizer",
+    "StreamDecoder",
+    "TextTokenizer",
+    "build_tokenizer",
+    "load_tokenizer",
+    "tokenizer_from_config",
+]
