@@ -1,0 +1,131 @@
+"""How the Triton selective scan is launched: one table by shape, no search at run time.
+
+The table rests on d_state (rounded up to a power of two), the number of (batch, channel block) programs and the
+length. The chunk size depends on d_state and the length alone, never on the device, so a backward finds the chunks
+that its forward made and `boundaries_shape` can be told ahead of a launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ssm_modal.kernels.sequences import Sequences
+
+# Sequences are walked through in one pass where this many one-warp programs a multiprocessor are there without
+# cutting time: half of what a multiprocessor holds.
+SERIAL_PROGRAMS = 16
+
+
+@dataclass(frozen=True)
+class ScanLaunch:
+    """Launch parameters of forward and backward.
+
+    chunk_size: steps between saved states. serial: the forward walks through a sequence in one pass.
+    run_length: chunks a run of the carry. fwd_block, fwd_warps: channels and warps of a program that sweeps states
+    only or makes outputs. bwd_block, bwd_warps: the same for the gradients; bwd_steps: steps whose states it rebuilds
+    in registers at a time; bwd_splits: programs that share the channels of one group and chunk, each with its own
+    partial sum of dB and dC; bwd_programs: programs at a time, each with a scratch of chunk_size / bwd_steps states.
+    """
+
+    chunk_size: int
+    serial: bool
+    run_length: int
+    fwd_block: int
+    fwd_warps: int
+    bwd_block: int
+    bwd_warps: int
+    bwd_steps: int
+    bwd_splits: int
+    bwd_programs: int
+
+
+# (d_state up to, chunk size, fwd_block, fwd_warps, bwd_block, bwd_warps, bwd_steps)
+SHIPPED: tuple[tuple[int, int, int, int, int, int, int], ...] = (
+    (1, 64, 32, 1, 64, 1, 4),
+    (2, 64, 32, 1, 64, 1, 4),
+    (4, 64, 32, 1, 64, 1, 4),
+    (8, 64, 32, 1, 64, 1, 4),
+    (16, 64, 32, 1, 32, 1, 4),
+    (32, 128, 32, 1, 16, 1, 4),
+    (64, 256, 32, 2, 16, 2, 4),
+    (128, 256, 32, 4, 8, 2, 4),
+    (256, 256, 32, 8, 8, 4, 4),
+)
+
+
+def padded_state(d_state: int) -> int:
+    """The next power of two: the extent of a tile of states."""
+    return 1 << (d_state - 1).bit_length()
+
+
+def chunk_size_for(d_state: int) -> int:
+    """Steps a chunk. A saved state costs 4 * d_state bytes a channel, so larger states are saved more rarely."""
+    return next(row[1] for row in SHIPPED if d_state <= row[0])
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def scan_launch(
+    batch: int,
+    length: int,
+    d_inner: int,
+    groups: int,
+    d_state: int,
+    device: torch.device,
+    seqs: Sequences | None = None,
+) -> ScanLaunch:
+    """The launch for inputs (batch, length, d_inner) with `groups` groups of B and C, packed when `seqs` is given."""
+    _, chunk, fwd_block, fwd_warps, bwd_block, bwd_warps, steps = next(
+        row for row in SHIPPED if d_state <= row[0]
+    )
+    multiprocessors = _multiprocessors(device) if device.type == "cuda" else 132
+    rows = batch if seqs is None else seqs.n
+    longest = length if seqs is None else max(seqs.lengths)
+    group_channels = max(1, d_inner // groups)
+    programs = rows * groups * -(-group_channels // fwd_block) * fwd_warps
+    # Packed sequences of very unequal length leave a serial launch waiting for the longest.
+    even = seqs is None or longest * rows <= 2 * length
+    serial = longest <= chunk or (even and programs >= SERIAL_PROGRAMS * multiprocessors)
+    # A group of few channels leaves lanes of a block idle: shrink it, in powers of two.
+    while bwd_block > 8 and bwd_block // 2 >= group_channels:
+        bwd_block //= 2
+    bwd_programs = 12 * multiprocessors // bwd_warps
+    chunks = max(1, -(-length // chunk) * batch)
+    blocks = -(-group_channels // bwd_block)
+    splits = min(blocks, max(1, -(-2 * bwd_programs // (chunks * groups))))
+    return ScanLaunch(
+        chunk, serial, 128, fwd_block, fwd_warps, bwd_block, bwd_warps, steps, splits, bwd_programs
+    )
+
+
+def shipped_launches() -> list[tuple[int, ScanLaunch]]:
+    """Every row of the table as (d_state, launch), for ahead-of-time compilation."""
+    cpu = torch.device("cpu")
+    launches = [(row[0], scan_launch(8, 8192, 2048, 1, row[0], cpu)) for row in SHIPPED]
+    return [(n, replace(launch, serial=serial)) for n, launch in launches for serial in (False, True)]
+
+
+def boundaries_shape(
+    batch: int,
+    length: int,
+    d_inner: int,
+    d_state: int,
+    groups: int,
+    lengths: Sequence[int] | None,
+    chunk_size: int | None = None,
+) -> tuple[int, int, int]:
+    """Shape of the states the forward saves for the backward: (chunks, d_inner, d_state).
+
+    `lengths`: those of packed sequences, or None. `chunk_size` overrides the table's.
+    """
+    size = chunk_size_for(d_state) if chunk_size is None else chunk_size
+    if lengths is None:
+        return batch * -(-length // size), d_inner, d_state
+    return sum(-(-n // size) for n in lengths), d_inner, d_state

@@ -1,0 +1,282 @@
+"""What the forward and the backward Triton kernels of the selective scan share.
+
+Time is cut in chunks. A chunk maps the state that enters it to the one that leaves it, elementwise,
+h_out = exp(A * sum of dt) * h_in + e, where e is the state it ends with when entered with zero; the gradient of the
+states obeys the same law in the other direction. Both directions therefore run three passes: every chunk alone
+(`e` and the sum of dt), the carry over chunks (`carry` below), every chunk again with its true entering state.
+
+Chunks are numbered sequence by sequence, in time order: chunk i of row b of a dense batch is `b * n_chunks + i`;
+packed sequences bring a table. Tables of states are (chunks, d_inner, d_state) fp32, contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.dispatch import interpreting
+from ssm_modal.kernels.sequences import Sequences
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Elements of (d_inner, d_state) and warps of one program of the carry.
+CARRY_BLOCK = 128
+CARRY_WARPS = 2
+
+
+# Triton's interpreter cannot turn a tensor into a loop bound under numpy 2.4 and later.
+INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def trips(n):
+    """The runtime scalar `n` as the bound of a `range`."""
+    if INTERPRETED:
+        return n.handle.data.item()
+    else:
+        return n
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) in fp32, relatively accurate down to the smallest normal number.
+
+    max(x, 0) + log1p(e) with e = e^-|x| in (0, 1], and log1p(e) = 2 artanh(e / (2 + e)) as a series, which keeps
+    steps below 1e-7 where log(1 + e) loses them and is cheaper than a logarithm. Above torch's threshold of 20
+    log1p(e) is below half a unit in the last place of x.
+    """
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    s = e / (2.0 + e)
+    q = s * s
+    p = 1.0 / 11.0 + q * (1.0 / 13.0)
+    p = 1.0 / 9.0 + q * p
+    p = 1.0 / 7.0 + q * p
+    p = 1.0 / 5.0 + q * p
+    p = 1.0 / 3.0 + q * p
+    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + q * p)
+
+
+@triton.jit
+def time_step(raw, bias, valid, SOFTPLUS: tl.constexpr):
+    """dt of one step from the loaded row of delta; 0 where not valid, so that the step is the identity."""
+    x = raw.to(tl.float32) + bias
+    if SOFTPLUS:
+        x = softplus(x)
+    return tl.where(valid, x, 0.0)
+
+
+@triton.jit
+def channel_block(block, group_channels, blocks_per_group, BLOCK_D: tl.constexpr):
+    """Group, channels [BLOCK_D] int64 and their mask of channel block `block`; a block never spans two groups."""
+    group = block // blocks_per_group
+    inside = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
+    return group, (group * group_channels + inside).to(tl.int64), inside < group_channels
+
+
+@triton.jit
+def chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """Row of the batch and steps [start, end), int64, of a chunk."""
+    if PACKED:
+        row = chunk * 0
+        start = tl.load(start_ptr + chunk)
+        end = tl.load(end_ptr + chunk)
+    else:
+        row = chunk // n_chunks
+        start = (chunk % n_chunks) * CHUNK
+        end = tl.minimum(start + CHUNK, length)
+    return row, start, end
+
+
+@triton.jit
+def carry_kernel(
+    states_ptr,  # (chunks, d_inner, d_state): contribution of each chunk; becomes the state entering it
+    sums_ptr,  # (chunks, d_inner): sum of dt of each chunk
+    a_ptr,  # (d_inner, d_state)
+    entry_ptr,  # (runs, d_inner, d_state) or None for zeros
+    exit_ptr,  # (runs, d_inner, d_state) or None: the state after each run
+    run_sums_ptr,  # (runs, d_inner) or None: sum of dt over each run
+    lo_ptr,  # packed: (runs,) int64, the chunks of a run are [lo, hi)
+    hi_ptr,
+    n_chunks,
+    runs_per_row,
+    run_length,
+    d_inner,
+    d_state,
+    tiles,
+    PACKED: tl.constexpr,
+    DESCENDING: tl.constexpr,
+    WRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a run of chunks and block of BLOCK elements of (d_inner, d_state)."""
+    pid = tl.program_id(0).to(tl.int64)
+    run = pid // tiles
+    size = d_inner.to(tl.int64) * d_state
+    e = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < size
+    d = e // d_state
+    if PACKED:
+        lo = tl.load(lo_ptr + run)
+        hi = tl.load(hi_ptr + run)
+    else:
+        row = run // runs_per_row
+        lo = row * n_chunks + (run % runs_per_row) * run_length
+        hi = tl.minimum(lo + run_length, (row + 1) * n_chunks)
+    rate = tl.load(a_ptr + e, mask=mask, other=0.0) * LOG2E
+    h = tl.zeros([BLOCK], tl.float32)
+    if entry_ptr is not None:
+        h = tl.load(entry_ptr + run * size + e, mask=mask, other=0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    count = (hi - lo).to(tl.int32)
+    first = lo
+    step = 1
+    if DESCENDING:
+        first = hi - 1
+        step = -1
+    # The next chunk is loaded before this one is used: the loads do not wait for the recurrence.
+    ahead = mask & (count > 0)
+    own = tl.load(states_ptr + first * size + e, mask=ahead, other=0.0)
+    dt = tl.load(sums_ptr + first * d_inner + d, mask=ahead, other=0.0)
+    for i in range(0, trips(count)):
+        at = first + i * step
+        ahead = mask & (i + 1 < count)
+        next_own = tl.load(states_ptr + (at + step) * size + e, mask=ahead, other=0.0)
+        next_dt = tl.load(sums_ptr + (at + step) * d_inner + d, mask=ahead, other=0.0)
+        if WRITE:
+            tl.store(states_ptr + at * size + e, h, mask=mask)
+        h = tl.exp2(rate * dt) * h + own
+        total += dt
+        own = next_own
+        dt = next_dt
+    if exit_ptr is not None:
+        tl.store(exit_ptr + run * size + e, h, mask=mask)
+    if run_sums_ptr is not None:
+        # The elements of one channel hold the same sum; its state 0 writes it.
+        tl.store(run_sums_ptr + run * d_inner + d, total, mask=mask & (e % d_state == 0))
+
+
+def carry(
+    states: Tensor,
+    sums: Tensor,
+    A: Tensor,
+    entry: Tensor | None,
+    *,
+    batch: int,
+    seqs: Sequences | None,
+    chunk_size: int,
+    run_length: int,
+    descending: bool,
+) -> Tensor:
+    """Replace each chunk's contribution in `states` by the state that enters it; return the state after the last.
+
+    states: (chunks, d_inner, d_state), sums: (chunks, d_inner), A: (d_inner, d_state), all fp32 contiguous.
+    entry: (batch or sequences, d_inner, d_state) fp32 contiguous, the state entering each sequence, or None for
+    zeros. Returned: the same shape, the state each sequence ends with; an empty one hands `entry` through.
+    `descending` walks the chunks from the last to the first. Sequences of more than 2 * run_length chunks are
+    carried in runs, in parallel: over each run alone, over the runs, over each run again.
+    """
+    n_chunks_all, d_inner, d_state = states.shape
+    if seqs is None:
+        rows, n_chunks = batch, n_chunks_all // batch
+        most = n_chunks
+        table = None
+    else:
+        table = seqs.chunks(chunk_size)
+        rows, n_chunks = seqs.n, 0
+        most = max(-(-n // chunk_size) for n in seqs.lengths)
+    last = states.new_empty(rows, d_inner, d_state)
+
+    def launch(states, sums, entry, last, run_sums, runs, lo, hi, n_chunks, runs_per_row, run_length, write):
+        if runs == 0 or d_inner == 0:
+            return
+        tiles = triton.cdiv(d_inner * d_state, CARRY_BLOCK)
+        carry_kernel[(runs * tiles,)](
+            states,
+            sums,
+            A,
+            entry,
+            last,
+            run_sums,
+            lo,
+            hi,
+            n_chunks,
+            runs_per_row,
+            run_length,
+            d_inner,
+            d_state,
+            tiles,
+            PACKED=seqs is not None,
+            DESCENDING=descending,
+            WRITE=write,
+            BLOCK=CARRY_BLOCK,
+            num_warps=CARRY_WARPS,
+        )
+
+    first = (None, None) if table is None else (table.first[:-1], table.first[1:])
+    if most <= 2 * run_length:
+        launch(states, sums, entry, last, None, rows, *first, n_chunks, 1, n_chunks, True)
+        return last
+    if table is None:
+        runs_per_row = triton.cdiv(n_chunks, run_length)
+        runs = rows * runs_per_row
+        bounds = over = (None, None)
+    else:
+        groups = seqs.chunks(chunk_size * run_length)
+        runs_per_row, runs = 0, groups.n_chunks
+        inside = torch.arange(runs, device=states.device) - groups.first[groups.seq]
+        lo = table.first[groups.seq] + inside * run_length
+        bounds = (lo, torch.minimum(lo + run_length, table.first[groups.seq + 1]))
+        over = (groups.first[:-1], groups.first[1:])
+    run_states = states.new_empty(runs, d_inner, d_state)
+    run_sums = sums.new_empty(runs, d_inner)
+    launch(states, sums, None, run_states, run_sums, runs, *bounds, n_chunks, runs_per_row, run_length, False)
+    launch(run_states, run_sums, entry, last, None, rows, *over, runs_per_row, 1, runs_per_row, True)
+    launch(states, sums, run_states, None, None, runs, *bounds, n_chunks, runs_per_row, run_length, True)
+    return last
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """`x`, copied only where its last axis is not contiguous: every other stride is passed to the kernels."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def aot_cases() -> list[AotCase]:
+    """The carry over chunks, dense and packed, both directions."""
+    return [
+        AotCase(
+            carry_kernel,
+            f"{'packed' if packed else 'dense'} {'down' if descending else 'up'}",
+            {
+                "states_ptr": "*fp32",
+                "sums_ptr": "*fp32",
+                "a_ptr": "*fp32",
+                "entry_ptr": "*fp32",
+                "exit_ptr": "*fp32",
+                "run_sums_ptr": "*fp32",
+                "lo_ptr": "*i64" if packed else None,
+                "hi_ptr": "*i64" if packed else None,
+                "n_chunks": 128,
+                "runs_per_row": 1,
+                "run_length": 128,
+                "d_inner": 2048,
+                "d_state": 16,
+                "tiles": 128,
+                "PACKED": packed,
+                "DESCENDING": descending,
+                "WRITE": True,
+                "BLOCK": CARRY_BLOCK,
+            },
+            num_warps=CARRY_WARPS,
+        )
+        for packed in (False, True)
+        for descending in (False, True)
+    ]
