@@ -1,8 +1,8 @@
 """SyntheticDataModule: batches of the synthetic tasks, made as they are needed and never stored.
 
-Making them costs little: on one core about 400,000 induction-heads sequences of 256 tokens a second, 25,000 selective
-copying sequences of 4,096 and 50,000 MQAR sequences of 256 tokens with 64 pairs. `num_workers` moves even that off the
-training process.
+Making them costs little: on one core about 400,000 induction-heads sequences of 256 tokens a second, 25,000
+selective copying sequences of 4,096 and 50,000 MQAR sequences of 256 tokens with 64 pairs. `num_workers`
+moves even that off the training process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Setting:
     Attributes:
         length: tokens a sequence.
         pairs: key-value pairs (MQAR only); None takes the data module's.
-        sequences: in training, sequences of this setting an epoch (whole batches of them), None: one batch; in
-            tests, how many are tested, None: `protocol_sequences(length)`.
+        sequences: in training, sequences of this setting an epoch (whole batches of them), None: one batch;
+            in tests, how many are tested, None: `protocol_sequences(length)`.
     """
 
     length: int
@@ -50,14 +50,14 @@ def protocol_sequences(length: int) -> int:
 class SyntheticDataModule(L.LightningDataModule):
     """Training, validation and test sequences of one synthetic task.
 
-    Every batch is a pure function of (seed, split, batch index, process), so a resumed run goes on with the batches
-    it would have had. Training sequences are fresh for ever (unless `repeat`); validation and test sequences come from
-    streams of their own.
+    Every batch is a pure function of (seed, split, batch index, process), so a resumed run goes on with the
+    batches it would have had. Training sequences are fresh for ever (unless `repeat`); validation and test
+    sequences come from streams of their own.
 
-    A training or validation batch is a dict of `ids` and `labels`, both (batch, length) int64, `labels[:, t]` being
-    what position t is to predict and -100 where nothing is asked. A test batch is a dict of `setting`, an index into
-    `test_settings`: the task fetches the sequences piece by piece with `test_batch`, as a length of 2^20 does not fit
-    into one batch.
+    A training or validation batch is a dict of `ids` and `labels`, both (batch, length) int64, `labels[:, t]`
+    being what position t is to predict and -100 where nothing is asked. A test batch is a dict of `setting`,
+    an index into `test_settings`: the task fetches the sequences piece by piece with `test_batch`, as a
+    length of 2^20 does not fit into one batch.
 
     Args:
         task: "induction_heads", "copying", "selective_copying" or "mqar".
@@ -65,12 +65,12 @@ class SyntheticDataModule(L.LightningDataModule):
         batch_size: sequences a training batch and process.
         lengths: test lengths; None: `length` alone.
         sequences: sequences of each test length; None: `protocol_sequences`.
-        train_lengths: lengths that training batches take turns with, in an order drawn anew each round, one length a
-            batch; None: `length` alone. The longest must be `length`.
-        train_settings: instead of `train_lengths`, settings with pairs and numbers of sequences an epoch; batches of
-            one setting each, in an order drawn anew each epoch.
-        constant_tokens: batches of shorter sequences hold `batch_size * length // their length` sequences, so that
-            every batch has about as many tokens.
+        train_lengths: lengths that training batches take turns with, in an order drawn anew each round, one
+            length a batch; None: `length` alone. The longest must be `length`.
+        train_settings: instead of `train_lengths`, settings with pairs and numbers of sequences an epoch;
+            batches of one setting each, in an order drawn anew each epoch.
+        constant_tokens: batches of shorter sequences hold `batch_size * length // their length` sequences, so
+            that every batch has about as many tokens.
         repeat: train on the same sequences in every epoch of `train_settings`, as Zoology does.
         test_settings: instead of `lengths`.
         val_lengths: lengths validated besides `length`.

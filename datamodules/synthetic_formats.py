@@ -7,20 +7,21 @@ Four formats, after the Mamba paper (arXiv 2312.00752, section 4.1) and Zoology 
 - `SelectiveCopying`: the same with the 16 tokens scattered over the gap.
 - `MQAR`: key-value pairs, then every key queried once (multi-query associative recall).
 
-A format's `generate(seed, split, start, stop)` gives the sequences start ... stop - 1 as numpy arrays `ids` and `labels`
-(stop - start, length) int64; `labels[:, t]` is what the model is to predict at position t, -100 where nothing is asked.
+A format's `generate(seed, split, start, stop)` gives the sequences start ... stop - 1 as numpy arrays `ids`
+and `labels` (stop - start, length) int64; `labels[:, t]` is what the model is to predict at position t, -100
+where nothing is asked.
 
-Randomness is counter based: every sequence owns a fixed block of the Philox 4x64 stream whose key is a hash of (seed,
-split, format), so that any range of sequences, asked for in any order, by any process or thread and on any platform,
-holds the same tokens, and no two splits share a stream. Only `random_raw` of numpy is used: unlike its distributions it
-is the published algorithm and does not change between versions.
+Randomness is counter based: every sequence owns a fixed block of the Philox 4x64 stream whose key is a hash
+of (seed, split, format), so that any range of sequences, asked for in any order, by any process or thread and
+on any platform, holds the same tokens, and no two splits share a stream. Only `random_raw` of numpy is used:
+unlike its distributions it is the published algorithm and does not change between versions.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any, ClassVar, TypedDict
 
 import numpy as np
@@ -75,7 +76,7 @@ def integers(words: Words, bound: int) -> Ints:
         part = source[at : at + _CHUNK]
         flat[at : at + _CHUNK, 0] = ((part & low) * factor) >> half
         flat[at : at + _CHUNK, 1] = ((part >> half) * factor) >> half
-    return out.reshape(words.shape[0], -1)
+    return out.reshape(words.shape[0], 2 * words.shape[1])
 
 
 def fractions(words: Words) -> npt.NDArray[np.float64]:
@@ -84,7 +85,8 @@ def fractions(words: Words) -> npt.NDArray[np.float64]:
 
 
 def choose(words: Words, bound: int) -> Ints:
-    """k different integers of 0 ... bound - 1 a row, every subset alike, from (rows, k) words (Floyd's algorithm).
+    """k different integers of 0 ... bound - 1 a row, every subset alike, from (rows, k) words (Floyd's
+    algorithm).
 
     The order within a row is not random: sort it, or deal it out by `shuffled`.
     """
@@ -158,8 +160,9 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class InductionHeads(Format):
-    """The special token, once at a position uniform over 0 ... length - 3, then its answer, an ordinary token; every
-    other token ordinary and uniform; the last token is the special one again and the answer is its label.
+    """The special token, once at a position uniform over 0 ... length - 3, then its answer, an ordinary
+    token; every other token ordinary and uniform; the last token is the special one again and the answer is
+    its label.
 
     Ordinary tokens are 0 ... vocab_size - 2, the special token is vocab_size - 1. Mamba, section 4.1.2.
     """
@@ -204,8 +207,8 @@ class InductionHeads(Format):
 
 @dataclass(frozen=True)
 class Copying(Format):
-    """`tokens` ordinary tokens, length - 2 * tokens - 1 fillers, a marker, then `tokens` fillers at which the tokens
-    are to be repeated in order: the labels stand on those last fillers.
+    """`tokens` ordinary tokens, length - 2 * tokens - 1 fillers, a marker, then `tokens` fillers at which the
+    tokens are to be repeated in order: the labels stand on those last fillers.
 
     Ordinary tokens are 0 ... vocab_size - 3, the filler is vocab_size - 2, the marker vocab_size - 1. Mamba,
     section 4.1.1 (16 tokens, of 14).
@@ -281,16 +284,18 @@ class SelectiveCopying(Copying):
 class MQAR(Format):
     """Multi-query associative recall: `pairs` keys, each followed by its value, then each key queried once.
 
-    Keys are drawn without replacement from 1 ... V/2 - 1, values without replacement from V/2 ... V - 1. After the
-    2 * pairs tokens of the pairs come (length - 2 * pairs) // 2 slots of two positions; every key takes the first
-    position of a slot of its own, slots drawn without replacement with probability proportional to
-    (slot + 1)^(power_a - 1), the first pair first. The label, on the query's position, is the key's value. All other
-    positions after the pairs hold tokens uniform over the vocabulary, or 0 with `random_non_queries=False`.
+    Keys are drawn without replacement from 1 ... V/2 - 1, values without replacement from V/2 ... V - 1.
+    After the 2 * pairs tokens of the pairs come (length - 2 * pairs) // 2 slots of two positions; every key
+    takes the first position of a slot of its own, slots drawn without replacement with probability
+    proportional to (slot + 1)^(power_a - 1), the first pair first. The label, on the query's position, is the
+    key's value. All other positions after the pairs hold tokens uniform over the vocabulary, or 0 with
+    `random_non_queries=False`.
 
-    Zoology (arXiv 2312.04927), whose generator (`multiquery_ar` in HazyResearch/zoology) this follows. Differences:
-    every sequence has random numbers of its own and is made when asked for, where the generator draws a data set from
-    one global state; slots are drawn by exponential races, which has the distribution of numpy's weighted `choice`
-    without replacement; `num_passes` is left out; an odd length is refused there and so it is here.
+    Zoology (arXiv 2312.04927), whose generator (`multiquery_ar` in HazyResearch/zoology) this follows.
+    Differences: every sequence has random numbers of its own and is made when asked for, where the generator
+    draws a data set from one global state; slots are drawn by exponential races, which has the distribution
+    of numpy's weighted `choice` without replacement; `num_passes` is left out; an odd length is refused there
+    and so it is here.
     """
 
     vocab_size: int = 8192
@@ -342,8 +347,8 @@ class MQAR(Format):
         take_keys, order_keys, take_values, order_values, races, noise = drawn
         keys = 1 + shuffled(choose(take_keys, half - 1), order_keys)
         values = half + shuffled(choose(take_values, half), order_values)
-        # Sampling without replacement, one draw after another, is the order of arrival of exponential clocks whose
-        # rates are the weights (up to 1 - fraction > 0, whose logarithm is finite).
+        # Sampling without replacement, one draw after another, is the order of arrival of exponential clocks
+        # whose rates are the weights (up to 1 - fraction > 0, whose logarithm is finite).
         rate = np.arange(1, self.slots + 1, dtype=np.float64) ** (self.power_a - 1)
         arrival = -np.log1p(-fractions(races)) / rate
         slot = np.argsort(arrival, axis=1, kind="stable")[:, :n]
@@ -369,7 +374,7 @@ def make_format(task: str, length: int, **options: Any) -> Format:
     if task not in FORMATS:
         raise ValueError(f"task is {task!r}, expected one of {', '.join(FORMATS)}")
     cls = FORMATS[task]
-    known = [name for name in cls.__dataclass_fields__ if name != "length"]
+    known = [field.name for field in fields(cls) if field.name != "length"]
     for name in options:
         if name not in known:
             raise TypeError(f"{name} is no option of {task}, expected one of {', '.join(known)}")

@@ -1,16 +1,16 @@
 """Accuracy at a list of lengths, long ones streamed through the model's state.
 
-`evaluate_lengths(model, source)` tests any model on any source of test sequences, a `SyntheticDataModule` for one:
+`evaluate_lengths(model, source)` tests a model on a source of test sequences, say a `SyntheticDataModule`:
 
     from ssm_modal.datamodules.synthetic import SyntheticDataModule
     from ssm_modal.tasks.lengths import evaluate_lengths, print_table
     results = evaluate_lengths(model, SyntheticDataModule("induction_heads", lengths=[256, 16384, 1048576]))
     print_table(results)
 
-A sequence longer than `segment` is cut up, and the state that the model returns for one segment enters the next, so
-that what a length needs beside the ids is what one segment needs. The model is either one of this package (`hidden`
-and `head`: logits are computed at labelled positions alone) or any module whose `model(ids, state)` returns
-`(logits, state)`.
+A sequence longer than `segment` is cut up, and the state that the model returns for one segment enters the
+next, so that what a length needs beside the ids is what one segment needs. The model is either one of this
+package (`hidden` and `head`: logits are computed at labelled positions alone) or any module whose
+`model(ids, state)` returns `(logits, state)`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOKENS_IN_FLIGHT = {"cpu": 1 << 14, "cuda": 1 << 19}
 
 
 class Setting(Protocol):
-    """One kind of test sequence: its length, how many are tested, and its key-value pairs (None where it has none)."""
+    """One kind of test sequence: its length, how many are tested, its key-value pairs (None: it has none)."""
 
     @property
     def length(self) -> int: ...
@@ -61,7 +61,7 @@ class Source(Protocol):
         ...
 
     def test_batch(self, setting: int, start: int, stop: int) -> Mapping[str, Tensor]:
-        """`ids` and `labels`, (stop - start, length) int64, of a setting; labels are -100 where nothing is asked."""
+        """`ids` and `labels` of a setting, (stop - start, length) int64; -100 where nothing is asked."""
         ...
 
 
@@ -119,8 +119,8 @@ def count_right(
 ) -> tuple[int, int]:
     """Labelled tokens predicted right, and sequences predicted right as a whole.
 
-    ids, labels: (batch, length) int64, best on the host: segments of `segment` tokens go to `device` one by one. A
-    model that carries no state (a bidirectional one) takes each sequence in one piece.
+    ids, labels: (batch, length) int64, best on the host: segments of `segment` tokens go to `device` one by
+    one. A model that carries no state (a bidirectional one) takes each sequence in one piece.
     """
     length = ids.shape[1]
     device = ids.device if device is None else device
@@ -221,10 +221,10 @@ def evaluate_lengths(
         model: see the module's docstring; put into evaluation mode while it is tested.
         source: the test sequences.
         segment: tokens of a sequence that go through the model at once; longer sequences are streamed.
-        tokens_in_flight: tokens of a batch that go through the model at once, which bounds the memory: a batch holds
-            `tokens_in_flight // segment` sequences, at least one. None: 2^14 on a CPU, 2^19 on a CUDA device.
-        max_length: longer settings are not tested but come back with accuracy None. For models whose state grows
-            with the length, such as attention's.
+        tokens_in_flight: tokens of a batch that go through the model at once, a bound on the memory: a batch
+            holds `tokens_in_flight // segment` sequences, at least one. None: 2^14 on a CPU, 2^19 on CUDA.
+        max_length: longer settings are not tested but come back with accuracy None. For models whose state
+            grows with the length, such as attention's.
         device: where the model's inputs go; None: where its parameters are.
         rank, world: this process and how many share the sequences (counts are summed over torch.distributed).
         on_result: called with each result as soon as it is there.
@@ -269,8 +269,8 @@ def write_results(
 ) -> None:
     """Write `lengths.csv`, `lengths_details.csv` and `lengths.png` into `folder`, each whole or not at all.
 
-    `lengths.csv` has the columns length, accuracy (0 to 1, or n/a) and sequences; `lengths_details.csv` also the
-    pairs, the share of whole sequences, the labelled tokens, seconds, chance and notes.
+    `lengths.csv` has the columns length, accuracy (0 to 1, or n/a) and sequences; `lengths_details.csv` also
+    the pairs, the share of whole sequences, the labelled tokens, seconds, chance and notes.
     """
     folder = Path(folder)
     rows = ["length,accuracy,sequences"]

@@ -34,21 +34,24 @@ _CHECKPOINT_KEY = "ssm_modal_synthetic"
 class SyntheticTask(TrainingTask):
     """Learn to predict the labelled positions of sequences, and measure accuracy at many lengths.
 
-    Logits are computed at labelled positions only. Validation logs `val/loss` and `val/accuracy` at the trained
-    length, and `val/accuracy_<length>` at every other length that the data module validates. After training and by
-    `ssm-modal test` every test setting of the data module is run, long sequences streamed through the state (see
-    `ssm_modal.tasks.lengths`), and the run's folder gets `lengths.csv`, `lengths_details.csv` and `lengths.png`.
+    Logits are computed at labelled positions only. Validation logs `val/loss` and `val/accuracy` at the
+    trained length, and `val/accuracy_<length>` at every other length that the data module validates. After
+    training and by `ssm-modal test` every test setting of the data module is run, long sequences streamed
+    through the state (see `ssm_modal.tasks.lengths`), and the run's folder gets `lengths.csv`,
+    `lengths_details.csv` and `lengths.png`.
 
-    The data module must give what `SyntheticDataModule` gives: `length`, `chance`, `test_settings`, `test_batch`.
+    The data module must give what `SyntheticDataModule` gives: `length`, `chance`, `test_settings` and
+    `test_batch`.
 
     Args:
         model, overrides, optimizer, schedule, init_from, init_part: see `TrainingTask`.
-        stop_at: end the training once every validated accuracy has been at least this (0 to 1) at `stop_checks`
-            validations running; None trains to `trainer.max_steps`.
+        stop_at: end the training once every validated accuracy has been at least this (0 to 1) at
+            `stop_checks` validations running; None trains to `trainer.max_steps`.
         stop_checks: see `stop_at`.
         test_after_fit: run the lengths after training.
         segment: tokens of a sequence that go through the model at once in tests and validation.
-        tokens_in_flight: tokens of a test batch that go through the model at once; None: 2^14 on a CPU, 2^19 on CUDA.
+        tokens_in_flight: tokens of a test batch that go through the model at once; None: 2^14 on a CPU, 2^19
+            on CUDA.
         max_length: longer test settings are reported as n/a, for a model whose state grows with the length.
     """
 
@@ -91,8 +94,8 @@ class SyntheticTask(TrainingTask):
         missing = [n for n in ("length", "chance", "test_settings", "test_batch") if not hasattr(data, n)]
         if missing:
             raise TypeError(
-                f"SyntheticTask got the data {type(data).__name__}, expected a data module with {', '.join(missing)}, "
-                "such as SyntheticDataModule"
+                f"SyntheticTask got the data {type(data).__name__}, expected a data module with "
+                f"{', '.join(missing)}, such as SyntheticDataModule"
             )
         return data
 
@@ -146,7 +149,7 @@ class SyntheticTask(TrainingTask):
             self.trainer.should_stop = True
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """What the model predicts at labelled positions, (batch, length) int64, -100 elsewhere; and the batch."""
+        """The batch and `predicted`, (batch, length) int64: -100 but at labelled positions."""
         predicted = torch.full_like(batch["labels"], IGNORE)
         predicted[batch["rows"], batch["columns"]] = self._labelled_logits(batch).argmax(-1)
         return {"ids": batch["ids"], "labels": batch["labels"], "predicted": predicted}
