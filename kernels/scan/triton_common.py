@@ -66,6 +66,12 @@ def softplus(x):
 
 
 @triton.jit
+def load_row(ptr, t, stride, offs, mask):
+    """Row t of a (length, ...) array whose last axis is contiguous, in its own dtype; 0 where masked."""
+    return tl.load(ptr + t * stride + offs, mask=mask, other=0.0)
+
+
+@triton.jit
 def time_step(raw, bias, valid, SOFTPLUS: tl.constexpr):
     """dt of one step from the loaded row of delta; 0 where not valid, so that the step is the identity."""
     x = raw.to(tl.float32) + bias
@@ -247,6 +253,15 @@ def carry(
 def last_contiguous(x: Tensor) -> Tensor:
     """`x`, copied only where its last axis is not contiguous: every other stride is passed to the kernels."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def widen(m: Tensor, d_inner: int) -> Tensor:
+    """B or C as the kernels want it: fp32 where that copy is small beside u (a conversion in every program costs more).
+
+    m: (batch, length, groups, d_state); the last axis of the result is contiguous.
+    """
+    small = 4 * m.shape[2] * m.shape[3] <= d_inner
+    return last_contiguous(m.float() if small else m)
 
 
 def aot_cases() -> list[AotCase]:

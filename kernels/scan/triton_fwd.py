@@ -34,17 +34,13 @@ from ssm_modal.kernels.scan.triton_common import (
     channel_block,
     chunk_range,
     last_contiguous,
+    load_row,
     sigmoid,
     time_step,
     trips,
+    widen,
 )
 from ssm_modal.kernels.sequences import Sequences
-
-
-@triton.jit
-def load_row(ptr, t, stride, offs, mask):
-    """Row t of a (length, ...) array whose last axis is contiguous, in its own dtype; 0 where masked."""
-    return tl.load(ptr + t * stride + offs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -296,15 +292,6 @@ def output_step(
         z = z.to(tl.float32)
         y *= z * sigmoid(z)
     return h, y
-
-
-def widen(m: Tensor, d_inner: int) -> Tensor:
-    """B or C as the kernels want it: fp32 where that copy is small beside u (a conversion in every program costs more).
-
-    m: (batch, length, groups, d_state); the last axis of the result is contiguous.
-    """
-    small = 4 * m.shape[2] * m.shape[3] <= d_inner
-    return last_contiguous(m.float() if small else m)
 
 
 def selective_scan_fwd(

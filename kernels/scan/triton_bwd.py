@@ -1,0 +1,575 @@
+"""Triton backward of the selective scan: chunks of time in parallel, from the states saved at their borders.
+
+With g_t the gradient of the loss in h_t, dy_t that in the output before the gate and a_t = exp(dt_t A):
+
+    g_t = C_t dy_t + a_{t+1} g_{t+1}        dB_t  = sum over d of g_t dt_t u_t      dC_t = sum over d of h_t dy_t
+    du_t = dt_t <g_t, B_t> + D dy_t         ddt_t = u_t <g_t, B_t> + <g_t a_t h_{t-1}, A>
+    dA  = sum over t of g_t a_t h_{t-1} dt_t
+
+1. `chunk_grad_kernel`: what each chunk adds to the gradient of the state entering it, and its sum of dt.
+2. `triton_common.carry`, from the last chunk to the first: the gradient of the state leaving each chunk.
+3. `grad_kernel`: a chunk sweeps forward from its saved state and keeps every STEPS-th state in a scratch that stays in
+   cache; then, from the last STEPS steps to the first, rebuilds the states in registers and takes the gradients.
+
+Nothing is divided by a decay and nothing is atomic: dB and dC come as partial sums over blocks of channels, dA, dD and
+the bias as partial sums over chunks, added up afterwards, so the result is the same in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.scan.launch import ScanLaunch, padded_state, scan_launch, shipped_launches
+from ssm_modal.kernels.scan.triton_common import (
+    LN2,
+    LOG2E,
+    carry,
+    channel_block,
+    chunk_range,
+    last_contiguous,
+    load_row,
+    sigmoid,
+    time_step,
+    trips,
+    widen,
+)
+from ssm_modal.kernels.sequences import Sequences
+
+
+@triton.jit
+def gated(dout, z, GATED: tl.constexpr):
+    """Gradient in the output before the gate."""
+    dy = dout.to(tl.float32)
+    if GATED:
+        z = z.to(tl.float32)
+        dy *= z * sigmoid(z)
+    return dy
+
+
+@triton.jit
+def chunk_grad_kernel(
+    dout_ptr,  # (batch, length, d_inner)
+    z_ptr,  # (batch, length, d_inner) or None
+    delta_ptr,  # (batch, length, d_inner)
+    a_ptr,  # (d_inner, d_state) fp32
+    c_ptr,  # (batch, length, groups, d_state)
+    bias_ptr,  # (d_inner,) fp32 or None
+    grads_ptr,  # out: (chunks, d_inner, d_state) fp32
+    sums_ptr,  # out: (chunks, d_inner) fp32
+    start_ptr,  # packed: (chunks,) int64
+    end_ptr,
+    dout_batch,
+    dout_time,
+    z_batch,
+    z_time,
+    delta_batch,
+    delta_time,
+    c_batch,
+    c_time,
+    c_group,
+    length,
+    n_chunks,
+    d_inner,
+    d_state,
+    group_channels,
+    blocks_per_group,
+    blocks,
+    SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program a chunk and channel block; steps are walked against the direction of the scan."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk = pid // blocks
+    group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
+    row, start, end = chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+    n = tl.arange(0, BLOCK_N)
+    mask_n = n < d_state
+    mask = mask_n[:, None] & mask_d[None, :]
+    tile = d[None, :] * d_state + n[:, None]
+    rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
+    bias = tl.zeros([BLOCK_D], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0)
+    count = (end - start).to(tl.int32)
+    t = end - 1
+    step = -1
+    if REVERSE:
+        t = start
+        step = 1
+    dout_ptr += row * dout_batch
+    delta_ptr += row * delta_batch
+    c_ptr += row * c_batch + group * c_group
+    if z_ptr is not None:
+        z_ptr += row * z_batch
+
+    g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    y0 = load_row(dout_ptr, t, dout_time, d, mask_d)
+    x0 = load_row(delta_ptr, t, delta_time, d, mask_d)
+    c0 = load_row(c_ptr, t, c_time, n, mask_n)
+    z0 = y0
+    if z_ptr is not None:
+        z0 = load_row(z_ptr, t, z_time, d, mask_d)
+    for i in range(0, trips(count)):
+        ahead = t + (i + 1) * step
+        has = i + 1 < count
+        y1 = load_row(dout_ptr, ahead, dout_time, d, mask_d & has)
+        x1 = load_row(delta_ptr, ahead, delta_time, d, mask_d & has)
+        c1 = load_row(c_ptr, ahead, c_time, n, mask_n & has)
+        z1 = y1
+        if z_ptr is not None:
+            z1 = load_row(z_ptr, ahead, z_time, d, mask_d & has)
+        dt = time_step(x0, bias, mask_d, SOFTPLUS)
+        dy = gated(y0, z0, z_ptr is not None)
+        total += dt
+        g = tl.exp2(rate * dt[None, :]) * (g + c0.to(tl.float32)[:, None] * dy[None, :])
+        y0, x0, c0, z0 = y1, x1, c1, z1
+    tl.store(grads_ptr + chunk * d_inner * d_state + tile, g, mask=mask)
+    tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
+
+
+@triton.jit
+def grad_kernel(
+    dout_ptr,  # (batch, length, d_inner)
+    u_ptr,  # (batch, length, d_inner)
+    delta_ptr,  # (batch, length, d_inner)
+    a_ptr,  # (d_inner, d_state) fp32
+    b_ptr,  # (batch, length, groups, d_state)
+    c_ptr,  # (batch, length, groups, d_state)
+    skip_ptr,  # D: (d_inner,) fp32 or None
+    z_ptr,  # (batch, length, d_inner) or None
+    bias_ptr,  # (d_inner,) fp32 or None
+    states_ptr,  # (chunks, d_inner, d_state) fp32: state entering each chunk
+    grads_ptr,  # (chunks, d_inner, d_state) fp32: gradient of the state leaving each chunk; becomes dA of the chunk
+    scratch_ptr,  # (programs, subs, BLOCK_D, BLOCK_N) fp32
+    du_ptr,  # out: (batch, length, d_inner), contiguous
+    ddelta_ptr,  # out: (batch, length, d_inner), contiguous
+    db_ptr,  # out: (splits, batch, length, groups, d_state) fp32
+    dc_ptr,  # out: (splits, batch, length, groups, d_state) fp32
+    dskip_ptr,  # out: (chunks, d_inner) fp32 or None
+    dz_ptr,  # out: (batch, length, d_inner), contiguous, or None
+    dbias_ptr,  # out: (chunks, d_inner) fp32 or None
+    start_ptr,  # packed: (chunks,) int64
+    end_ptr,
+    dout_batch,
+    dout_time,
+    u_batch,
+    u_time,
+    delta_batch,
+    delta_time,
+    b_batch,
+    b_time,
+    b_group,
+    c_batch,
+    c_time,
+    c_group,
+    z_batch,
+    z_time,
+    batch,
+    length,
+    n_chunks,
+    d_inner,
+    d_state,
+    groups,
+    group_channels,
+    blocks_per_group,
+    blocks_per_split,
+    splits,
+    items,
+    subs,
+    SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Programs take items (chunk, group, share of the group's channel blocks) in turn."""
+    pid = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
+    n = tl.arange(0, BLOCK_N)
+    mask_n = n < d_state
+    size = d_inner.to(tl.int64) * d_state
+    bc_time = groups.to(tl.int64) * d_state
+    local = tl.arange(0, BLOCK_D)[:, None] * BLOCK_N + n[None, :]
+    scratch_ptr += pid * subs * (BLOCK_D * BLOCK_N)
+    rounds = (items - pid + programs - 1) // programs
+    for k in range(0, trips(rounds)):
+        item = pid + k * programs.to(tl.int64)
+        split = item % splits
+        group = (item // splits) % groups
+        chunk = item // (splits * groups)
+        row, start, end = chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+        count = (end - start).to(tl.int32)
+        own_subs = (count + STEPS - 1) // STEPS
+        t0 = start
+        step = 1
+        if REVERSE:
+            t0 = end - 1
+            step = -1
+        bc_base = ((split * batch + row) * length) * bc_time + group * d_state
+        first_block = split * blocks_per_split
+        own_blocks = tl.minimum(blocks_per_split, blocks_per_group - first_block)
+        for r in range(0, trips(own_blocks)):
+            block = group * blocks_per_group + first_block + r
+            _, d, mask_d = channel_block(block, group_channels, blocks_per_group, BLOCK_D)
+            mask = mask_d[:, None] & mask_n[None, :]
+            tile = chunk * size + d[:, None] * d_state + n[None, :]
+            rate = tl.load(a_ptr + d[:, None] * d_state + n[None, :], mask=mask, other=0.0) * LOG2E
+            bias = tl.zeros([BLOCK_D], tl.float32)
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0)
+            skip = tl.zeros([BLOCK_D], tl.float32)
+            if skip_ptr is not None:
+                skip = tl.load(skip_ptr + d, mask=mask_d, other=0.0)
+            u_row = u_ptr + row * u_batch
+            delta_row = delta_ptr + row * delta_batch
+            dout_row = dout_ptr + row * dout_batch
+            b_row = b_ptr + row * b_batch + group * b_group
+            c_row = c_ptr + row * c_batch + group * c_group
+            z_row = dout_row
+            if z_ptr is not None:
+                z_row = z_ptr + row * z_batch
+
+            # Forward over the chunk: every STEPS-th state into the scratch.
+            h = tl.load(states_ptr + tile, mask=mask, other=0.0)
+            for s in range(0, trips(own_subs)):
+                tl.store(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local, h)
+                for j in tl.static_range(STEPS):
+                    i = s * STEPS + j
+                    has = i < count
+                    t = t0 + i * step
+                    u = load_row(u_row, t, u_time, d, mask_d & has).to(tl.float32)
+                    x = load_row(delta_row, t, delta_time, d, mask_d & has)
+                    b = load_row(b_row, t, b_time, n, mask_n & has).to(tl.float32)
+                    dt = time_step(x, bias, mask_d & has, SOFTPLUS)
+                    h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
+            # Lanes may read what others wrote.
+            tl.debug_barrier()
+
+            # Back again.
+            g = tl.load(grads_ptr + tile, mask=mask, other=0.0)
+            da = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+            dskip = tl.zeros([BLOCK_D], tl.float32)
+            dbias = tl.zeros([BLOCK_D], tl.float32)
+            for back in range(0, trips(own_subs)):
+                s = own_subs - 1 - back
+                h = tl.load(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local)
+                before = ()
+                for j in tl.static_range(STEPS):
+                    i = s * STEPS + j
+                    has = i < count
+                    valid = mask_d & has
+                    t = t0 + i * step
+                    u = load_row(u_row, t, u_time, d, valid).to(tl.float32)
+                    x = load_row(delta_row, t, delta_time, d, valid)
+                    b = load_row(b_row, t, b_time, n, mask_n & has).to(tl.float32)
+                    dout = load_row(dout_row, t, dout_time, d, valid).to(tl.float32)
+                    dt = time_step(x, bias, valid, SOFTPLUS)
+                    before += (h,)
+                    h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
+                    dy = dout
+                    if z_ptr is not None:
+                        c = load_row(c_row, t, c_time, n, mask_n & has).to(tl.float32)
+                        z = load_row(z_row, t, z_time, d, valid).to(tl.float32)
+                        gate = sigmoid(z)
+                        y = tl.sum(h * c[None, :], axis=1) + skip * u
+                        dz = dout * y * (gate * (1.0 + z * (1.0 - gate)))
+                        dy = dout * (z * gate)
+                        at = (row * length + t) * d_inner + d
+                        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=valid)
+                    dskip += dy * u
+                    dc = tl.sum(h * dy[:, None], axis=0)
+                    bc = bc_base + t * bc_time + n
+                    dc += tl.load(dc_ptr + bc, mask=mask_n & has & (r > 0), other=0.0)
+                    tl.store(dc_ptr + bc, dc, mask=mask_n & has)
+                for jj in tl.static_range(STEPS):
+                    i = s * STEPS + (STEPS - 1 - jj)
+                    has = i < count
+                    valid = mask_d & has
+                    t = t0 + i * step
+                    u = load_row(u_row, t, u_time, d, valid).to(tl.float32)
+                    x = load_row(delta_row, t, delta_time, d, valid)
+                    b = load_row(b_row, t, b_time, n, mask_n & has).to(tl.float32)
+                    c = load_row(c_row, t, c_time, n, mask_n & has).to(tl.float32)
+                    dout = load_row(dout_row, t, dout_time, d, valid)
+                    z = dout
+                    if z_ptr is not None:
+                        z = load_row(z_row, t, z_time, d, valid)
+                    dy = gated(dout, z, z_ptr is not None)
+                    dt = time_step(x, bias, valid, SOFTPLUS)
+                    g += c[None, :] * dy[:, None]
+                    db = tl.sum(g * (dt * u)[:, None], axis=0)
+                    gb = tl.sum(g * b[None, :], axis=1)
+                    g *= tl.exp2(rate * dt[:, None])
+                    # g is now the gradient of the state before this step.
+                    q = g * before[STEPS - 1 - jj]
+                    da += q * dt[:, None]
+                    ddelta = gb * u + tl.sum(q * rate, axis=1) * LN2
+                    if SOFTPLUS:
+                        ddelta *= sigmoid(x.to(tl.float32) + bias)
+                    dbias += tl.where(valid, ddelta, 0.0)
+                    at = (row * length + t) * d_inner + d
+                    tl.store(du_ptr + at, (gb * dt + skip * dy).to(du_ptr.dtype.element_ty), mask=valid)
+                    tl.store(ddelta_ptr + at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=valid)
+                    bc = bc_base + t * bc_time + n
+                    db += tl.load(db_ptr + bc, mask=mask_n & has & (r > 0), other=0.0)
+                    tl.store(db_ptr + bc, db, mask=mask_n & has)
+            tl.store(grads_ptr + tile, da, mask=mask)
+            if dskip_ptr is not None:
+                tl.store(dskip_ptr + chunk * d_inner + d, dskip, mask=mask_d)
+            if dbias_ptr is not None:
+                tl.store(dbias_ptr + chunk * d_inner + d, dbias, mask=mask_d)
+            # The next block adds to the same dB and dC and fills the same scratch.
+            tl.debug_barrier()
+
+
+def selective_scan_bwd(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seqs: Sequences | None,
+    reverse: bool,
+    boundaries: Tensor,
+    *,
+    launch: ScanLaunch | None = None,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]:
+    """Gradients of `selective_scan_fwd`, to the same arguments and the same `launch`.
+
+    dout: (batch, length, d_inner), dtype of u; dfinal_state: (batch or sequences, d_inner, d_state) fp32 or None for
+    zeros; boundaries: the third result of the forward.
+    Returns du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state, each contiguous, of its argument's shape and
+    dtype, None where that argument was None.
+    """
+    batch, length, d_inner = u.shape
+    groups, d_state = B.shape[2], B.shape[3]
+    rows = batch if seqs is None else seqs.n
+    if launch is None:
+        launch = scan_launch(batch, length, d_inner, groups, d_state, u.device, seqs)
+    chunk_size = launch.chunk_size
+    exit_grad = None if dfinal_state is None else dfinal_state.contiguous()
+    if u.numel() == 0:
+        dinitial = None
+        if initial_state is not None:
+            dinitial = initial_state.new_zeros(rows, d_inner, d_state) if exit_grad is None else exit_grad.clone()
+        plain = [None if x is None else x.new_zeros(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias)]
+        return (*plain, dinitial)  # type: ignore[return-value]
+
+    dtype_b, dtype_c = B.dtype, C.dtype
+    u, delta, dout, A = last_contiguous(u), last_contiguous(delta), last_contiguous(dout), A.contiguous()
+    z = None if z is None else last_contiguous(z)
+    D = None if D is None else D.contiguous()
+    delta_bias = None if delta_bias is None else delta_bias.contiguous()
+    B, C = widen(B, d_inner), widen(C, d_inner)
+    chunks = boundaries.shape[0]
+    n_chunks = 0 if seqs is not None else chunks // batch
+    table = None if seqs is None else seqs.chunks(chunk_size)
+    start, end = (None, None) if table is None else (table.start, table.end)
+    group_channels = d_inner // groups
+    z_strides = (0, 0) if z is None else (z.stride(0), z.stride(1))
+    options = {
+        "SOFTPLUS": delta_softplus,
+        "PACKED": seqs is not None,
+        "REVERSE": reverse,
+        "CHUNK": chunk_size,
+        "BLOCK_N": padded_state(d_state),
+    }
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=u.device)
+
+    grads, sums = empty(chunks, d_inner, d_state), empty(chunks, d_inner)
+    blocks_per_group = triton.cdiv(group_channels, launch.fwd_block)
+    blocks = groups * blocks_per_group
+    chunk_grad_kernel[(chunks * blocks,)](
+        dout,
+        z,
+        delta,
+        A,
+        C,
+        delta_bias,
+        grads,
+        sums,
+        start,
+        end,
+        dout.stride(0),
+        dout.stride(1),
+        *z_strides,
+        delta.stride(0),
+        delta.stride(1),
+        C.stride(0),
+        C.stride(1),
+        C.stride(2),
+        length,
+        n_chunks,
+        d_inner,
+        d_state,
+        group_channels,
+        blocks_per_group,
+        blocks,
+        BLOCK_D=launch.fwd_block,
+        num_warps=launch.fwd_warps,
+        **options,
+    )
+    dinitial = carry(
+        grads,
+        sums,
+        A,
+        exit_grad,
+        batch=batch,
+        seqs=seqs,
+        chunk_size=chunk_size,
+        run_length=launch.run_length,
+        descending=not reverse,
+    )
+
+    du = torch.empty((batch, length, d_inner), dtype=u.dtype, device=u.device)
+    ddelta = torch.empty_like(du)
+    dz = None if z is None else torch.empty_like(du)
+    dskip = None if D is None else sums
+    dbias = None if delta_bias is None else empty(chunks, d_inner)
+    blocks_per_group = triton.cdiv(group_channels, launch.bwd_block)
+    blocks_per_split = triton.cdiv(blocks_per_group, launch.bwd_splits)
+    splits = triton.cdiv(blocks_per_group, blocks_per_split)
+    partial_b, partial_c = (empty(splits, batch, length, groups, d_state) for _ in range(2))
+    items = chunks * groups * splits
+    subs = triton.cdiv(min(chunk_size, length), launch.bwd_steps)
+    programs = min(items, launch.bwd_programs)
+    scratch = empty(programs, subs, launch.bwd_block, padded_state(d_state))
+    grad_kernel[(programs,)](
+        dout,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        boundaries,
+        grads,
+        scratch,
+        du,
+        ddelta,
+        partial_b,
+        partial_c,
+        dskip,
+        dz,
+        dbias,
+        start,
+        end,
+        dout.stride(0),
+        dout.stride(1),
+        u.stride(0),
+        u.stride(1),
+        delta.stride(0),
+        delta.stride(1),
+        B.stride(0),
+        B.stride(1),
+        B.stride(2),
+        C.stride(0),
+        C.stride(1),
+        C.stride(2),
+        *z_strides,
+        batch,
+        length,
+        n_chunks,
+        d_inner,
+        d_state,
+        groups,
+        group_channels,
+        blocks_per_group,
+        blocks_per_split,
+        splits,
+        items,
+        subs,
+        STEPS=launch.bwd_steps,
+        BLOCK_D=launch.bwd_block,
+        num_warps=launch.bwd_warps,
+        **options,
+    )
+    return (
+        du,
+        ddelta,
+        grads.sum(0),
+        (partial_b[0] if splits == 1 else partial_b.sum(0)).to(dtype_b),
+        (partial_c[0] if splits == 1 else partial_c.sum(0)).to(dtype_c),
+        None if dskip is None else dskip.sum(0),
+        dz,
+        None if dbias is None else dbias.sum(0),
+        None if initial_state is None else dinitial,
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Both kernels at every row of the table, in bf16 with fp32 B and C, and in fp32 and packed reverse at one."""
+    cases = []
+    for d_state, launch in shipped_launches():
+        if launch.serial:
+            continue
+        variants = [("bf16", False)]
+        if d_state == 16:
+            variants += [("fp32", False), ("fp16", True)]
+        for dtype, packed in variants:
+            table = "*i64" if packed else None
+            names = ("dout", "u", "delta", "b", "c", "z")
+            strides = {f"{name}_{axis}": 16 for name in names for axis in ("batch", "time")}
+            strides |= {"b_group": 16, "c_group": 16}
+            args: dict[str, object] = {f"{name}_ptr": f"*{dtype}" for name in ("dout", "u", "delta", "z")}
+            args |= dict.fromkeys(("b_ptr", "c_ptr"), f"*{dtype}" if packed else "*fp32")
+            args |= dict.fromkeys(("a_ptr", "bias_ptr", "grads_ptr", "sums_ptr"), "*fp32")
+            args |= {"start_ptr": table, "end_ptr": table} | strides
+            args |= {
+                "batch": 8,
+                "length": 8192,
+                "n_chunks": 128,
+                "d_inner": 2048,
+                "d_state": d_state,
+                "groups": 1,
+                "group_channels": 2048,
+                "blocks_per_group": 64,
+                "blocks": 64,
+                "SOFTPLUS": True,
+                "PACKED": packed,
+                "REVERSE": packed,
+                "CHUNK": launch.chunk_size,
+                "BLOCK_D": launch.fwd_block,
+                "BLOCK_N": padded_state(d_state),
+            }
+            label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
+            own = {p.name: args[p.name] for p in chunk_grad_kernel.params}
+            cases.append(AotCase(chunk_grad_kernel, label, own, num_warps=launch.fwd_warps))
+            args |= dict.fromkeys(("skip_ptr", "states_ptr", "scratch_ptr", "db_ptr", "dc_ptr"), "*fp32")
+            args |= dict.fromkeys(("dskip_ptr", "dbias_ptr"), "*fp32")
+            args |= dict.fromkeys(("du_ptr", "ddelta_ptr", "dz_ptr"), f"*{dtype}")
+            args |= {
+                "blocks_per_split": 32,
+                "splits": launch.bwd_splits,
+                "items": 2048,
+                "subs": launch.chunk_size // launch.bwd_steps,
+                "STEPS": launch.bwd_steps,
+                "BLOCK_D": launch.bwd_block,
+            }
+            own = {p.name: args[p.name] for p in grad_kernel.params}
+            cases.append(AotCase(grad_kernel, label, own, num_warps=launch.bwd_warps))
+    return cases
