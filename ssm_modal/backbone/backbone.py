@@ -1,0 +1,129 @@
+"""The stack of blocks every model rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssm_modal.backbone.block import Block
+from ssm_modal.backbone.config import BackboneConfig
+from ssm_modal.errors import StateError
+from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers.mixer import check_input, check_state
+from ssm_modal.layers.norm import RMSNorm
+from ssm_modal.state import State
+
+
+@dataclass(frozen=True)
+class BackboneState(State):
+    """One state a block; iterates and indexes as a tuple of them."""
+
+    layers: tuple[State, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[State]:
+        return iter(self.layers)
+
+    def __getitem__(self, layer: int) -> State:
+        return self.layers[layer]
+
+
+class Backbone(nn.Module):
+    """(batch, length, d_model) to the same: n_layers pre-norm blocks and a final RMSNorm.
+
+    Attributes: has_state, whether every layer can carry a state (False where any needs the whole sequence);
+    gradient_checkpointing, a switch that may be set at any time.
+    """
+
+    state_type = BackboneState
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = config.d_model
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.has_state = all(block.mixer.has_state for block in self._blocks())
+        self.gradient_checkpointing = config.gradient_checkpointing
+        self._init_weights()
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """The one place where initialisation depends on the depth.
+
+        Linear biases start at zero. Every weight that writes into the residual stream is divided by the root of the
+        number of such writes, n_layers or 2 n_layers with MLPs, as GPT-2 and the published Mamba do.
+        """
+        writes = self.config.n_layers * (1 if self.config.mlp is None else 2)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        for block in self._blocks():
+            for weight in block.residual_weights():
+                weight.div_(math.sqrt(writes))
+
+    def forward(
+        self, x: Tensor, state: BackboneState | None = None, *, seqs: Sequences | Tensor | None = None
+    ) -> tuple[Tensor, BackboneState | None]:
+        """Run over x: (batch, length, d_model).
+
+        state: what an earlier call returned, or None. seqs: `Sequences`, or cu_seqlens (sequences + 1,) int32 or
+        int64, which is validated here once: x is then (1, total, d_model) and the state has one row a sequence.
+        Returns (output in x's shape, new state), the state None where a layer needs the whole sequence.
+        """
+        check_input(self, x)
+        if seqs is not None and not isinstance(seqs, Sequences):
+            seqs = Sequences.from_cu_seqlens(seqs, x.shape[1], x.device)
+        check_input(self, x, seqs)
+        check_state(self, state, x, seqs)
+        if state is not None and len(state) != len(self.layers):
+            raise StateError(f"Backbone: state has {len(state)} layers, expected {len(self.layers)}")
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.norm.weight.dtype)
+        branch, residual = x, None
+        new: list[State | None] = []
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for i, block in enumerate(self.layers):
+            own = None if state is None else state[i]
+            if again:
+                branch, residual, after = checkpoint(block, branch, residual, own, seqs, use_reentrant=False)
+            else:
+                branch, residual, after = block(branch, residual, own, seqs)
+            new.append(after)
+        out, _ = self.norm.add(branch, residual, self.config.residual_in_fp32)
+        states = tuple(s for s in new if s is not None)
+        return out, BackboneState(states) if self.has_state else None
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> BackboneState:
+        """The state before the first step for `batch` rows; device and dtype default to the parameters'."""
+        if not self.has_state:
+            raise StateError("Backbone: a layer needs the whole sequence, so it has no state")
+        return BackboneState(
+            tuple(block.mixer.init_state(batch, device=device, dtype=dtype) for block in self._blocks())
+        )
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: BackboneState) -> Tensor:
+        """One step, x: (batch, 1, d_model) to the same; `state` is changed in place."""
+        check_input(self, x)
+        check_state(self, state, x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.norm.weight.dtype)
+        branch, residual = x, None
+        for block, own in zip(self._blocks(), state):
+            branch, residual = block.step_(branch, residual, own)
+        return self.norm.add(branch, residual, self.config.residual_in_fp32)[0]

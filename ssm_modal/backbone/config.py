@@ -1,0 +1,49 @@
+"""What a backbone is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ssm_modal.errors import ConfigError
+from ssm_modal.layers.bidirectional import BidirectionalConfig
+from ssm_modal.layers.config import Config, check_positive
+from ssm_modal.layers.mamba import MambaConfig
+from ssm_modal.layers.mixer import MixerConfig
+from ssm_modal.layers.mlp import MLPConfig
+
+
+@dataclass(frozen=True)
+class BackboneConfig(Config):
+    """n_layers blocks of width d_model.
+
+    mixer: one config for every block, or a tuple repeated over them: layer i takes mixer[i % len(mixer)], so a
+    hybrid is `mixer=(mamba,) * 7 + (attention,)`. mlp: None for blocks of a mixer alone. bidirectional: wraps every
+    mixer that runs in one direction (attention with causal=False is left as it is). norm_eps: of every RMSNorm.
+    residual_in_fp32: keep the residual stream in fp32 beside half-precision layers. dropout: on each branch, before
+    it is added. gradient_checkpointing: in training, keep only the blocks' inputs and compute the rest again.
+    """
+
+    type: ClassVar[str] = "backbone"
+    d_model: int
+    n_layers: int
+    mixer: MixerConfig | tuple[MixerConfig, ...] = field(default_factory=MambaConfig)
+    mlp: MLPConfig | None = None
+    bidirectional: BidirectionalConfig | None = None
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    dropout: float = 0.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = "BackboneConfig"
+        check_positive(name, d_model=self.d_model, n_layers=self.n_layers, norm_eps=self.norm_eps)
+        if self.mixer == ():
+            raise ConfigError(f"{name}: mixer is an empty list, expected at least one mixer")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{name}: dropout is {self.dropout}, expected 0 or more and below 1")
+
+    def mixer_of(self, layer: int) -> MixerConfig:
+        """The mixer of block `layer`, counted from 0."""
+        return self.mixer[layer % len(self.mixer)] if isinstance(self.mixer, tuple) else self.mixer

@@ -1,0 +1,65 @@
+"""Where the weights are: a saved folder, a training run's folder, a .ckpt file or a Hugging Face repository."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ssm_modal.errors import CheckpointError
+from ssm_modal.models.base import CONFIG_FILE, WEIGHTS_FILE
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The folder with config.json and model.safetensors, or the .ckpt file, that `path` stands for.
+
+    A run's folder stands for its best checkpoint, else its last: `checkpoints/best*.ckpt`, then `last*.ckpt`, then
+    any .ckpt, the newest of several. A path that is not there and reads as `owner/name` is fetched from the Hugging
+    Face Hub. Raises CheckpointError where nothing is found.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix == ".ckpt":
+            return local
+        if local.name in (CONFIG_FILE, WEIGHTS_FILE):
+            return locate(local.parent)
+        raise CheckpointError(f"{local} is neither a folder nor a .ckpt file")
+    if local.is_dir():
+        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (local / name).is_file()]
+        if not missing:
+            return local
+        found = _run_checkpoint(local)
+        if found is not None:
+            return found
+        held = ", ".join(sorted(p.name for p in local.iterdir())[:10]) or "nothing"
+        raise CheckpointError(
+            f"{local} holds no checkpoint: {' and '.join(missing)} missing, and no .ckpt in it or in its "
+            f"checkpoints folder; it holds {held}"
+        )
+    name = os.fspath(path)
+    if _REPO_ID.fullmatch(name):
+        return _fetch(name)
+    raise CheckpointError(f"{name} does not exist")
+
+
+def _run_checkpoint(folder: Path) -> Path | None:
+    places = [p for p in (folder / "checkpoints", folder) if p.is_dir()]
+    for pattern in ("best*.ckpt", "last*.ckpt", "*.ckpt"):
+        for place in places:
+            found = sorted(place.glob(pattern), key=lambda p: (p.stat().st_mtime_ns, p.name))
+            if found:
+                return found[-1]
+    return None
+
+
+def _fetch(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # the hub's errors have no common base: offline, no such repository, no access
+        raise CheckpointError(
+            f"{repo} is no local path, and fetching it from the Hugging Face Hub failed: {error}"
+        ) from error

@@ -1,0 +1,34 @@
+"""The errors of the package, and the wording of "unknown name, did you mean".
+
+Wrong arguments raise plain ValueError or TypeError with the argument's name; the classes here are for failures a
+caller may want to catch on their own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A configuration holds an unknown key or a value that is not allowed."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be found, read, or does not fit the model it is loaded into."""
+
+
+class StateError(ValueError):
+    """A state was given to a layer that has none, or that does not fit the input."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint for an unknown `name`: the nearest of `valid`, and all of them.
+
+    >>> nearest("d_sate", ["d_state", "d_conv"])
+    "did you mean 'd_state'? Valid: d_conv, d_state"
+    """
+    names = sorted(set(valid))
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Valid: {', '.join(names) if names else 'none'}"

@@ -1,0 +1,31 @@
+"""Layers: mixers along the length (Mamba, S4D, attention, either bidirectional), MLP and RMSNorm."""
+
+from ssm_modal.layers.attention import Attention, AttentionConfig, AttentionState
+from ssm_modal.layers.bidirectional import Bidirectional, BidirectionalConfig
+from ssm_modal.layers.config import Config
+from ssm_modal.layers.mamba import Mamba, MambaConfig, MambaState
+from ssm_modal.layers.mixer import Mixer, MixerConfig, build_mixer
+from ssm_modal.layers.mlp import MLP, MLPConfig
+from ssm_modal.layers.norm import RMSNorm
+from ssm_modal.layers.s4d import S4D, S4DConfig, S4DState
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "AttentionState",
+    "Bidirectional",
+    "BidirectionalConfig",
+    "Config",
+    "MLP",
+    "MLPConfig",
+    "Mamba",
+    "MambaConfig",
+    "MambaState",
+    "Mixer",
+    "MixerConfig",
+    "RMSNorm",
+    "S4D",
+    "S4DConfig",
+    "S4DState",
+    "build_mixer",
+]

@@ -1,0 +1,265 @@
+"""Attention, the Transformer baseline: grouped KV heads, rotary embedding, a KV cache as its state.
+
+Vaswani et al., arXiv 1706.03762; rotary embedding arXiv 2104.09864; grouped KV heads arXiv 2305.13245.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_modal.errors import ConfigError, StateError
+from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers.config import check_positive
+from ssm_modal.layers.mixer import Mixer, MixerConfig, check_input, check_state
+from ssm_modal.state import State
+
+BLOCK = 256  # slots a cache grows by
+
+
+@dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    """n_heads query heads and n_kv_heads key and value heads (None: as many), each head_dim wide (None: d_model /
+    n_heads). rope_theta: base of the rotary embedding, None for no positions at all. causal: False attends to the
+    whole sequence, for bidirectional models; such a layer has no state."""
+
+    type: ClassVar[str] = "attention"
+    n_heads: int = 8
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | None = 10000.0
+    bias: bool = False
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = "AttentionConfig"
+        check_positive(name, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
+        check_positive(name, rope_theta=self.rope_theta)
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"{name}: n_kv_heads is {self.n_kv_heads}, expected a divisor of n_heads {self.n_heads}"
+            )
+        if self.rope_theta is not None and self.head_dim is not None and self.head_dim % 2:
+            raise ConfigError(f"{name}: head_dim is {self.head_dim}, expected an even number with rope_theta")
+
+    def build(self, d_model: int) -> Attention:
+        return Attention(d_model, self)
+
+
+@dataclass(frozen=True)
+class AttentionState(State):
+    """The keys (rotated) and values of the steps so far, in the order of their positions.
+
+    key, value: (batch, n_kv_heads, capacity, head_dim), of which row b holds `lengths[b]`; lengths: (batch,) int64.
+    used: a bound on every length, kept on the host, so that growing the cache reads nothing from the device. A full
+    cache grows by blocks of 256 slots.
+    """
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor
+    used: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots a row."""
+        return self.key.shape[2]
+
+
+class Attention(Mixer):
+    """Softmax attention: (batch, length, d_model) to the same, with an `AttentionState` that grows with the length.
+
+    Parameters: q_proj, k_proj, v_proj, out_proj.
+    """
+
+    state_type = AttentionState
+
+    def __init__(self, d_model: int, config: AttentionConfig) -> None:
+        super().__init__()
+        if config.head_dim is None and d_model % config.n_heads:
+            raise ConfigError(
+                f"AttentionConfig: n_heads is {config.n_heads}, expected a divisor of d_model {d_model}"
+            )
+        self.config = config
+        self.d_model = d_model
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads or config.n_heads
+        self.head_dim = config.head_dim or d_model // config.n_heads
+        if config.rope_theta is not None and self.head_dim % 2:
+            raise ConfigError(
+                f"AttentionConfig: the head width is {self.head_dim}, expected even with rope_theta"
+            )
+        self.d_inner = self.n_heads * self.head_dim
+        self.has_state = config.causal
+        kv = self.n_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(d_model, self.d_inner, bias=config.bias)
+        self.k_proj = nn.Linear(d_model, kv, bias=config.bias)
+        self.v_proj = nn.Linear(d_model, kv, bias=config.bias)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+
+    def project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q: (batch, length, n_heads, head_dim); k, v: (batch, length, n_kv_heads, head_dim)."""
+        split = (-1, self.head_dim)
+        return (
+            self.q_proj(x).unflatten(-1, split),
+            self.k_proj(x).unflatten(-1, split),
+            self.v_proj(x).unflatten(-1, split),
+        )
+
+    def project_out(self, y: Tensor) -> Tensor:
+        return self.out_proj(y)
+
+    def drop_projections(self) -> None:
+        del self.q_proj, self.k_proj, self.v_proj, self.out_proj
+
+    def mix(
+        self,
+        projected: tuple[Tensor, Tensor, Tensor],
+        state: AttentionState | None = None,
+        *,
+        seqs: Sequences | None = None,
+        reverse: bool = False,
+        return_state: bool = True,
+    ) -> tuple[Tensor, AttentionState | None]:
+        q, k, v = projected
+        rows = None
+        if seqs is not None:
+            # One padded row a sequence, the layout the cache has; padding stands behind every sequence.
+            rows = (seqs.seq_index(), seqs.positions())
+            shape = (seqs.n, max(seqs.lengths))
+            q, k, v = (t.new_zeros(*shape, *t.shape[2:]).index_put(rows, t[0]) for t in (q, k, v))
+        length = q.shape[1]
+        fresh = None if seqs is None else seqs.cu_seqlens.diff()
+        slots = self._order(length, fresh, reverse, q.device)
+        if state is not None:
+            slots = slots + state.lengths[:, None]
+        if self.config.rope_theta is not None:
+            q, k = self._rotate(q, slots), self._rotate(k, slots)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        new, mask = None, None
+        if state is not None or (return_state and self.has_state):
+            new = self._append(state, k, v, slots, fresh, reverse)
+        if state is not None and new is not None:
+            # The lower-right causal mask: the query in slot i sees the slots up to its own.
+            k, v = new.key[:, :, : new.used], new.value[:, :, : new.used]
+            mask = (torch.arange(new.used, device=q.device) <= slots[:, :, None])[:, None]
+        elif self.config.causal and reverse:
+            mask = (slots[:, None, :] <= slots[:, :, None])[:, None]
+        elif not self.config.causal and fresh is not None:
+            mask = _whole_mask(length, fresh)
+        y = self._attend(q, k, v, mask).transpose(1, 2).flatten(-2)
+        if rows is not None:
+            y = y[rows].unsqueeze(0)
+        return y, new if return_state else None
+
+    @staticmethod
+    def _order(length: int, fresh: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
+        """(batch or 1, length): the place of each step in scan order, counted from 0; padding keeps its own."""
+        steps = torch.arange(length, device=device).unsqueeze(0)
+        if not reverse:
+            return steps
+        if fresh is None:
+            return length - 1 - steps
+        return torch.where(steps < fresh[:, None], fresh[:, None] - 1 - steps, steps)
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary embedding (arXiv 2104.09864, equation 34) of x: (batch, length, heads, head_dim), halves paired."""
+        theta = self.config.rope_theta
+        assert theta is not None
+        half = self.head_dim // 2
+        rate = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        angle = positions[..., None].float() * rate  # (batch or 1, length, half), fp32: positions reach 2^20
+        cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+        a, b = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q: (batch, n_heads, length, head_dim), k, v with n_kv_heads. mask None: causal, or all if not causal."""
+        if self.n_kv_heads != self.n_heads:
+            k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+            v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        if q.shape[2] == 0:
+            return q
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and self.config.causal
+        )
+
+    def _append(
+        self,
+        state: AttentionState | None,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        fresh: Tensor | None,
+        reverse: bool,
+    ) -> AttentionState:
+        """A new state with k, v: (batch, n_kv_heads, length, head_dim) at their slots."""
+        batch, _, length, _ = k.shape
+        added = torch.full((batch,), length, device=k.device) if fresh is None else fresh
+        if state is None and not reverse:
+            return AttentionState(k, v, added, length)  # no copy: nothing writes to it before it has grown
+        at = slots.expand(batch, length)[:, None, :, None].expand_as(k)
+        if state is None:
+            return AttentionState(
+                torch.zeros_like(k).scatter(2, at, k), torch.zeros_like(v).scatter(2, at, v), added, length
+            )
+        used = state.used + length
+        pad = (0, 0, 0, max(0, -(-used // BLOCK) * BLOCK - state.capacity))
+        key = F.pad(state.key.to(k.dtype), pad).scatter(2, at, k)
+        value = F.pad(state.value.to(v.dtype), pad).scatter(2, at, v)
+        return AttentionState(key, value, state.lengths + added, used)
+
+    def init_state(
+        self,
+        batch: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        capacity: int = BLOCK,
+    ) -> AttentionState:
+        """An empty cache of `capacity` slots a row."""
+        if not self.has_state:
+            raise StateError("Attention: with causal=False it needs the whole sequence and has no state")
+        device, dtype = device or self.out_proj.weight.device, dtype or self.out_proj.weight.dtype
+        shape = (batch, self.n_kv_heads, capacity, self.head_dim)
+        lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        key, value = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return AttentionState(key, value, lengths)
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: AttentionState) -> Tensor:
+        """One step in place. A full cache is replaced, inside the same state object, by one a block larger."""
+        check_input(self, x)
+        check_state(self, state, x)
+        q, k, v = self.project_in(x)
+        slots = state.lengths[:, None]
+        if self.config.rope_theta is not None:
+            q, k = self._rotate(q, slots), self._rotate(k, slots)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        used = state.used + 1
+        # The state is frozen against callers; a step in place is the one writer of its fields.
+        if used > state.capacity:
+            pad = (0, 0, 0, BLOCK)
+            object.__setattr__(state, "key", F.pad(state.key, pad))
+            object.__setattr__(state, "value", F.pad(state.value, pad))
+        at = slots[:, None, :, None].expand_as(k)
+        state.key.scatter_(2, at, k.to(state.key.dtype))
+        state.value.scatter_(2, at, v.to(state.value.dtype))
+        seen = torch.arange(used, device=q.device) <= slots[:, :, None]
+        key, value = state.key[:, :, :used].to(q.dtype), state.value[:, :, :used].to(q.dtype)
+        y = self._attend(q, key, value, seen[:, None])
+        state.lengths.add_(1)
+        object.__setattr__(state, "used", used)
+        return self.project_out(y.transpose(1, 2).flatten(-2))
+
+
+def _whole_mask(length: int, fresh: Tensor) -> Tensor:
+    """(batch, 1, length, length): every step of a row sees the row's own steps; padding sees itself, never nothing."""
+    steps = torch.arange(length, device=fresh.device)
+    seen = steps < fresh[:, None]
+    return (seen[:, None, :] | torch.eye(length, dtype=torch.bool, device=fresh.device)).unsqueeze(1)

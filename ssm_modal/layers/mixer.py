@@ -1,0 +1,141 @@
+"""The protocol of everything that mixes information along the length axis.
+
+A mixer works in three parts, `project_in`, `mix` and `project_out`, so that a bidirectional layer can run two mixes
+under one pair of projections. `forward` joins them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_modal.errors import StateError
+from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers.config import Config
+from ssm_modal.state import State
+
+
+@dataclass(frozen=True)
+class MixerConfig(Config):
+    """Base of the mixers' configs."""
+
+    def build(self, d_model: int) -> Mixer:
+        """The layer this config describes, for inputs of width `d_model`."""
+        raise NotImplementedError(f"{type(self).__name__} describes no layer")
+
+
+class Mixer(nn.Module, ABC):
+    """Maps (batch, length, d_model) to the same, carrying a `State`.
+
+    Attributes: d_model, the width of input and output; d_inner, the width of what `mix` returns; has_state, False for
+    a layer that needs the whole sequence.
+    """
+
+    d_model: int
+    d_inner: int
+    has_state: bool = True
+
+    @abstractmethod
+    def project_in(self, x: Tensor) -> Any:
+        """(batch, length, d_model) to what `mix` takes; works on each position alone."""
+
+    @abstractmethod
+    def mix(
+        self,
+        projected: Any,
+        state: Any = None,
+        *,
+        seqs: Sequences | None = None,
+        reverse: bool = False,
+        return_state: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """Mix along the length: (batch, length, d_inner) and the new state (None with `return_state=False`)."""
+
+    @abstractmethod
+    def project_out(self, y: Tensor) -> Tensor:
+        """(batch, length, d_inner) to (batch, length, d_model); works on each position alone."""
+
+    @abstractmethod
+    def drop_projections(self) -> None:
+        """Remove the parameters of `project_in` and `project_out`; only `mix` can be called afterwards."""
+
+    def residual_weights(self) -> Iterator[nn.Parameter]:
+        """The weights of the Linears whose output leaves the layer."""
+        out_proj = self.out_proj
+        assert isinstance(out_proj, nn.Linear)
+        yield out_proj.weight
+
+    @abstractmethod
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before the first step, for `batch` rows; device and dtype default to the parameters'."""
+
+    @abstractmethod
+    def step_(self, x: Tensor, state: Any) -> Tensor:
+        """One step, x: (batch, 1, d_model) to the same; `state` is changed in place and is never part of a graph."""
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, seqs: Sequences | None = None, reverse: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Run over x: (batch, length, d_model), or (1, total, d_model) packed by `seqs`.
+
+        state: what an earlier call returned, or None for the zero state; it is left untouched. reverse: run from the
+        last step to the first (of each sequence); the state then enters at the last step.
+        Returns (output of x's shape, new state).
+        """
+        check_input(self, x, seqs)
+        check_state(self, state, x, seqs)
+        y, state = self.mix(self.project_in(x), state, seqs=seqs, reverse=reverse)
+        return self.project_out(y), state
+
+
+def build_mixer(config: MixerConfig, d_model: int) -> Mixer:
+    """The mixer that `config` describes, for inputs of width `d_model`."""
+    if not isinstance(config, MixerConfig):
+        raise TypeError(f"config must be a MixerConfig, got {type(config).__name__}")
+    return config.build(d_model)
+
+
+def check_input(layer: Any, x: object, seqs: object = None) -> None:
+    """Raise unless x is (batch, length, d_model), and of batch 1 and the right length where `seqs` packs it."""
+    name = type(layer).__name__
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
+    if x.ndim != 3 or x.shape[-1] != layer.d_model:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (batch, length, {layer.d_model})")
+    if seqs is None:
+        return
+    if not isinstance(seqs, Sequences):
+        raise TypeError(
+            f"{name}: seqs must be Sequences (Sequences.from_cu_seqlens), got {type(seqs).__name__}"
+        )
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"{name}: x has batch {x.shape[0]}, expected 1 where seqs packs the sequences end to end"
+        )
+    if seqs.total != x.shape[1]:
+        raise ValueError(f"{name}: seqs covers {seqs.total} steps, expected {x.shape[1]}, the length of x")
+
+
+def check_state(layer: Any, state: object, x: Tensor, seqs: Sequences | None = None) -> None:
+    """Raise StateError unless `state` is None or a state of this layer with one row a batch entry (or sequence)."""
+    if state is None:
+        return
+    name = type(layer).__name__
+    if not layer.has_state:
+        raise StateError(
+            f"{name}: was given a state, but needs the whole sequence and has none; pass state=None"
+        )
+    expected = getattr(layer, "state_type", State)
+    if not isinstance(state, expected):
+        raise StateError(f"{name}: state is a {type(state).__name__}, expected {expected.__name__}")
+    rows = seqs.n if seqs is not None else x.shape[0]
+    if state.batch_size != rows:
+        what = "one a sequence" if seqs is not None else "one a batch entry"
+        raise StateError(f"{name}: state has {state.batch_size} rows, expected {rows}, {what}")

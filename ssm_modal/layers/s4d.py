@@ -1,0 +1,184 @@
+"""S4D: the time-invariant diagonal state-space layer (Gu et al., arXiv 2206.11893), the baseline beside Mamba.
+
+A is complex and comes in conjugate pairs, of which one of each is kept: y is twice the real part of their sum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_modal.errors import ConfigError
+from ssm_modal.kernels import lti
+from ssm_modal.kernels.checks import complex_dtype, state_dtype
+from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers.config import check_positive
+from ssm_modal.layers.mixer import Mixer, MixerConfig, check_input, check_state
+from ssm_modal.layers.wide import WideParameters
+from ssm_modal.state import State
+
+
+@dataclass(frozen=True)
+class S4DConfig(MixerConfig):
+    """d_state counts the conjugate pairs kept: d_state 32 is the paper's N = 64.
+
+    output: "glu" is the paper's block, scan -> GELU -> Linear -> GLU; "gate" is Mamba's block with its selection and
+    convolution taken out, scan * silu(z) -> Linear. expand widens the scan: with 2, either has the 6 d_model^2
+    weights of a Mamba layer. expand 1 with "glu" has no input projection, as in the paper. init: "lin"
+    (A_n = -1/2 + i pi n) or "inv" (A_n = -1/2 + i N/pi (N / (2n + 1) - 1)), equations 9 and 8 of the paper.
+    """
+
+    type: ClassVar[str] = "s4d"
+    d_state: int = 32
+    expand: int = 2
+    init: Literal["lin", "inv"] = "lin"
+    output: Literal["glu", "gate"] = "glu"
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = "S4DConfig"
+        check_positive(name, d_state=self.d_state, expand=self.expand, dt_min=self.dt_min)
+        if self.d_state > 256:
+            raise ConfigError(f"{name}: d_state is {self.d_state}, expected 1 to 256")
+        if self.dt_max < self.dt_min:
+            raise ConfigError(
+                f"{name}: dt_max is {self.dt_max}, expected at least dt_min, which is {self.dt_min}"
+            )
+
+    def build(self, d_model: int) -> S4D:
+        return S4D(d_model, self)
+
+
+@dataclass(frozen=True)
+class S4DState(State):
+    """ssm: (batch, d_inner, d_state) complex64, complex128 in an fp64 model: the state of the scan."""
+
+    wide: ClassVar[frozenset[str]] = frozenset({"ssm"})
+    ssm: Tensor
+
+
+class S4D(Mixer, WideParameters):
+    """The S4D layer: (batch, length, d_model) to the same, with an `S4DState` of constant size.
+
+    Parameters: log_dt (d_inner,), A_log = log(-Re A) and A_imag (d_inner, d_state), C (d_inner, d_state, 2) as real
+    and imaginary parts, D (d_inner,). B is one: only its product with C matters. Complex numbers are stored as real
+    tensors, so that casts, optimisers and safetensors know what to do.
+    """
+
+    state_type = S4DState
+    wide_parameters = ("A_log", "A_imag", "C", "D", "log_dt")
+    undecayed_parameters = ("A_log", "A_imag", "D", "log_dt")
+
+    def __init__(self, d_model: int, config: S4DConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.d_inner = config.expand * d_model
+        self.d_state = config.d_state
+        glu = config.output == "glu"
+        self.in_proj: nn.Linear | None = None
+        if not glu or config.expand != 1:
+            self.in_proj = nn.Linear(d_model, self.d_inner if glu else 2 * self.d_inner, bias=config.bias)
+        shape = (self.d_inner, self.d_state)
+        self.log_dt = nn.Parameter(torch.empty(self.d_inner))
+        self.A_log = nn.Parameter(torch.full(shape, math.log(0.5)))
+        self.A_imag = nn.Parameter(torch.empty(shape))
+        # A standard complex normal: half the variance in each part.
+        self.C = nn.Parameter(torch.randn(*shape, 2) * math.sqrt(0.5))
+        self.D = nn.Parameter(torch.randn(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, 2 * d_model if glu else d_model, bias=config.bias)
+        self._init_ssm()
+        self.mark_parameters()
+
+    @torch.no_grad()
+    def _init_ssm(self) -> None:
+        n = torch.arange(self.d_state, dtype=torch.float32)
+        full = 2 * self.d_state  # the paper's N counts both of each pair
+        imag = math.pi * n if self.config.init == "lin" else full / math.pi * (full / (2 * n + 1) - 1)
+        self.A_imag.copy_(imag.expand_as(self.A_imag))
+        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
+        self.log_dt.copy_(torch.rand(self.d_inner) * (high - low) + low)
+
+    def project_in(self, x: Tensor) -> Tensor:
+        """(batch, length, d_model) to (batch, length, d_inner), or twice that with the gate beside it."""
+        return x if self.in_proj is None else self.in_proj(x)
+
+    def project_out(self, y: Tensor) -> Tensor:
+        out = self.out_proj(F.gelu(y) if self.config.output == "glu" else y)
+        return F.glu(out, dim=-1) if self.config.output == "glu" else out
+
+    def drop_projections(self) -> None:
+        self.in_proj = None
+        del self.out_proj
+
+    def mix(
+        self,
+        projected: Tensor,
+        state: S4DState | None = None,
+        *,
+        seqs: Sequences | None = None,
+        reverse: bool = False,
+        return_state: bool = True,
+    ) -> tuple[Tensor, S4DState | None]:
+        u, z = self._split(projected)
+        if state is not None and seqs is None and u.shape[1] == 1:
+            y, new = self._step(u[:, 0], None if z is None else z[:, 0], state)
+            return y.unsqueeze(1), new
+        dt, A, B, C, D = self._coefficients(u.dtype)
+        y, ssm = lti.lti_scan(
+            u,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            initial_state=None if state is None else state.ssm.to(A.dtype),
+            cu_seqlens=seqs,
+            reverse=reverse,
+            return_final_state=True,
+        )
+        return y, S4DState(ssm) if return_state else None
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.config.output == "glu":
+            return projected, None
+        u, z = projected.chunk(2, dim=-1)
+        return u, z
+
+    def _coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dt (d_inner,); A, B, C (d_inner, d_state) complex; D (d_inner,), in the precision inputs of `dtype` take."""
+        wide = state_dtype(dtype)
+        A = torch.complex(-torch.exp(self.A_log.to(wide)), self.A_imag.to(wide))
+        C = torch.view_as_complex(self.C.to(wide).contiguous())
+        return torch.exp(self.log_dt.to(wide)), A, torch.ones_like(A), C, self.D.to(wide)
+
+    def _step(self, u: Tensor, z: Tensor | None, state: S4DState) -> tuple[Tensor, S4DState]:
+        dt, A, B, C, D = self._coefficients(u.dtype)
+        y, ssm = lti.lti_scan_step(u, dt, A, B, C, state.ssm.to(A.dtype), D=D, z=z)
+        return y, S4DState(ssm)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> S4DState:
+        device, dtype = device or self.D.device, dtype or self.D.dtype
+        return S4DState(
+            torch.zeros(batch, self.d_inner, self.d_state, device=device, dtype=complex_dtype(dtype))
+        )
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: S4DState) -> Tensor:
+        check_input(self, x)
+        check_state(self, state, x)
+        u, z = self._split(self.project_in(x[:, 0]))
+        y, new = self._step(u, z, state)
+        state.ssm.copy_(new.ssm)
+        return self.project_out(y).unsqueeze(1)

@@ -1,0 +1,112 @@
+"""What every model has: a config that rebuilds it, and saving in the package's own format."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ssm_modal.backbone import Backbone, BackboneConfig
+from ssm_modal.layers.config import Config
+
+FORMAT = "ssm_modal"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config):
+    """Base of the models' configs: a `backbone` beside what the model adds."""
+
+    @property
+    def backbone_config(self) -> BackboneConfig:
+        """The config of the model's backbone."""
+        raise NotImplementedError(f"{type(self).__name__} has no backbone")
+
+    def build(self) -> Model:
+        """A freshly initialised model of this config."""
+        raise NotImplementedError(f"{type(self).__name__} describes no model")
+
+
+class Model(nn.Module):
+    """Base of all models: a plain module with a `config` and a `backbone`."""
+
+    config: ModelConfig
+    backbone: Backbone
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors into `folder`, made if needed.
+
+        Each file is written whole under a temporary name and then renamed, so that a full disk or a kill leaves what
+        was there. A weight used in two places is stored once. Nothing is pickled.
+        """
+        target = Path(folder)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(f"save_pretrained: {target} is a file, expected a folder")
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = unique_tensors(self.state_dict())
+        text = json.dumps(config_document(self.config), indent=2) + "\n"
+        written: list[tuple[str, Path]] = []
+        try:
+            # Both are complete on the disk before either old file is replaced.
+            for name, write in (
+                (WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"})),
+                (CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8")),
+            ):
+                written.append((name, _write_aside(target, name, write)))
+            for name, aside in written:
+                os.replace(aside, target / name)
+        finally:
+            for _, aside in written:
+                with suppress(FileNotFoundError):
+                    aside.unlink()
+
+
+def config_document(config: ModelConfig) -> dict[str, Any]:
+    """What config.json holds."""
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
+
+
+def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without second names of the same memory, every tensor contiguous (as safetensors needs)."""
+    seen: set[tuple[Any, ...]] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        kept[name] = tensor.detach().contiguous()
+    return kept
+
+
+def _write_aside(folder: Path, name: str, write: Callable[[Path], Any]) -> Path:
+    """Write a temporary file beside `folder / name` and bring it to the disk; removed again if that fails."""
+    handle, text = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+    os.close(handle)
+    aside = Path(text)
+    try:
+        write(aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.chmod(0o666 & ~_umask())
+    except BaseException:
+        with suppress(FileNotFoundError):
+            aside.unlink()
+        raise
+    return aside
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,88 @@
+"""The registered models: numbers only.
+
+`mamba_lm`, `s4d_lm` and `transformer_lm` are small models to be sized by overrides. They compare at the same d_model
+and about the same parameters: a Mamba layer and an S4D layer have about 6 d_model^2 weights, a Transformer block
+(attention 4 d_model^2, MLP 8 d_model^2) twice that, so it takes half the n_layers.
+"""
+
+from __future__ import annotations
+
+from ssm_modal.backbone import BackboneConfig
+from ssm_modal.layers import AttentionConfig, MambaConfig, MLPConfig, S4DConfig
+from ssm_modal.models.causal_lm import CausalLMConfig
+from ssm_modal.models.registry import register_model
+
+
+@register_model
+def mamba_lm() -> CausalLMConfig:
+    """Mamba over bytes, to be sized by overrides."""
+    return CausalLMConfig(
+        vocab_size=256, backbone=BackboneConfig(d_model=256, n_layers=8, mixer=MambaConfig())
+    )
+
+
+@register_model
+def s4d_lm() -> CausalLMConfig:
+    """The time-invariant baseline, of mamba_lm's size at the same d_model and n_layers."""
+    return CausalLMConfig(vocab_size=256, backbone=BackboneConfig(d_model=256, n_layers=8, mixer=S4DConfig()))
+
+
+@register_model
+def transformer_lm() -> CausalLMConfig:
+    """The attention baseline with rotary positions, of mamba_lm's size at the same d_model and half the n_layers."""
+    return CausalLMConfig(
+        vocab_size=256,
+        backbone=BackboneConfig(d_model=256, n_layers=4, mixer=AttentionConfig(n_heads=4), mlp=MLPConfig()),
+    )
+
+
+@register_model
+def hybrid_lm() -> CausalLMConfig:
+    """Seven Mamba layers to one of attention, without positions: the Mamba layers know the order."""
+    return CausalLMConfig(
+        vocab_size=256,
+        backbone=BackboneConfig(
+            d_model=256,
+            n_layers=8,
+            mixer=(*(MambaConfig(),) * 4, AttentionConfig(n_heads=4, rope_theta=None), *(MambaConfig(),) * 3),
+        ),
+    )
+
+
+def _published(d_model: int, n_layers: int) -> CausalLMConfig:
+    """The sizes of arXiv 2312.00752, table 12: the GPT-NeoX vocabulary padded to a multiple of 8, tied."""
+    return CausalLMConfig(
+        vocab_size=50280,
+        backbone=BackboneConfig(d_model=d_model, n_layers=n_layers, mixer=MambaConfig()),
+        pad_vocab_multiple=8,
+    )
+
+
+@register_model
+def mamba_130m() -> CausalLMConfig:
+    """mamba-130m."""
+    return _published(768, 24)
+
+
+@register_model
+def mamba_370m() -> CausalLMConfig:
+    """mamba-370m."""
+    return _published(1024, 48)
+
+
+@register_model
+def mamba_790m() -> CausalLMConfig:
+    """mamba-790m."""
+    return _published(1536, 48)
+
+
+@register_model
+def mamba_1_4b() -> CausalLMConfig:
+    """mamba-1.4b."""
+    return _published(2048, 48)
+
+
+@register_model
+def mamba_2_8b() -> CausalLMConfig:
+    """mamba-2.8b."""
+    return _published(2560, 64)

@@ -1,0 +1,136 @@
+"""The causal language model: token embedding, backbone, language head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssm_modal.backbone import Backbone, BackboneConfig, BackboneState
+from ssm_modal.errors import ConfigError
+from ssm_modal.heads.language import LanguageHead
+from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers.config import check_positive
+from ssm_modal.models.base import Model, ModelConfig
+
+
+@dataclass(frozen=True)
+class CausalLMConfig(ModelConfig):
+    """vocab_size ids, 0 to vocab_size - 1. tie_embeddings: the head uses the embedding's weight. pad_vocab_multiple:
+    rows of the embedding are rounded up to a multiple of it (matrix units like 8 or 64); ids stay below vocab_size.
+    embedding_std: standard deviation of the embedding at the start."""
+
+    type: ClassVar[str] = "causal_lm"
+    vocab_size: int
+    backbone: BackboneConfig
+    tie_embeddings: bool = True
+    pad_vocab_multiple: int = 1
+    embedding_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = "CausalLMConfig"
+        check_positive(name, vocab_size=self.vocab_size, pad_vocab_multiple=self.pad_vocab_multiple)
+        check_positive(name, embedding_std=self.embedding_std)
+        if self.backbone.bidirectional is not None:
+            raise ConfigError(
+                f"{name}: backbone.bidirectional is set, but a causal model may not see the future"
+            )
+        for i in range(self.backbone.n_layers):
+            if getattr(self.backbone.mixer_of(i), "causal", True) is False:
+                raise ConfigError(
+                    f"{name}: the mixer of layer {i} has causal=False; a causal model may not see the future"
+                )
+
+    @property
+    def backbone_config(self) -> BackboneConfig:
+        return self.backbone
+
+    def build(self) -> CausalLM:
+        return CausalLM(self)
+
+
+class CausalLM(Model):
+    """ids (batch, length) to logits (batch, length, vocab_size): logits[:, t] predict what follows ids[:, : t + 1].
+
+    The state it carries is its backbone's.
+    """
+
+    config: CausalLMConfig
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        multiple = config.pad_vocab_multiple
+        padded = -(-config.vocab_size // multiple) * multiple
+        d_model = config.backbone.d_model
+        self.embedding = nn.Embedding(padded, d_model)
+        self.backbone = Backbone(config.backbone)
+        self.head = LanguageHead(d_model, config.vocab_size, padded=padded, tied=config.tie_embeddings)
+        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
+
+    def forward(
+        self, ids: Tensor, state: BackboneState | None = None, *, seqs: Sequences | Tensor | None = None
+    ) -> tuple[Tensor, BackboneState | None]:
+        """ids: (batch, length) int64 or int32, or (1, total) packed by `seqs`, a `Sequences` or cu_seqlens
+        (sequences + 1,). state: what an earlier call returned, or None; it is left untouched.
+
+        Returns (logits (batch, length, vocab_size), new state).
+
+        Raises TypeError or ValueError for ids of a wrong dtype, shape or outside the vocabulary. On CUDA the last is
+        a device-side assertion, since looking at the ids would stop the host; check ids on the host where they are
+        read.
+        """
+        hidden, state = self.hidden(ids, state, seqs=seqs)
+        return self.logits(hidden), state
+
+    def hidden(
+        self, ids: Tensor, state: BackboneState | None = None, *, seqs: Sequences | Tensor | None = None
+    ) -> tuple[Tensor, BackboneState | None]:
+        """As `forward`, without the head: (backbone output (batch, length, d_model), new state).
+
+        With `logits`, a loss over few positions computes logits at those alone: `model.logits(hidden[labels >= 0])`.
+        """
+        self._check_ids(ids)
+        return self.backbone(self.embedding(ids), state, seqs=seqs)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d_model) backbone outputs, any positions chosen, to (..., vocab_size) logits."""
+        return self.head(hidden, self.embedding.weight)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> BackboneState:
+        """The state before the first token for `batch` rows; device and dtype default to the parameters'."""
+        return self.backbone.init_state(batch, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def step_(self, ids: Tensor, state: BackboneState) -> Tensor:
+        """One token a row: ids (batch, 1) to logits (batch, 1, vocab_size); `state` is changed in place."""
+        self._check_ids(ids)
+        if ids.shape[1] != 1:
+            raise ValueError(f"CausalLM.step_: ids has shape {tuple(ids.shape)}, expected (batch, 1)")
+        return self.logits(self.backbone.step_(self.embedding(ids), state))
+
+    def _check_ids(self, ids: object) -> None:
+        size = self.config.vocab_size
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"CausalLM: ids must be a tensor, got {type(ids).__name__}")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"CausalLM: ids has dtype {ids.dtype}, expected int64 or int32")
+        if ids.ndim != 2:
+            raise ValueError(f"CausalLM: ids has shape {tuple(ids.shape)}, expected (batch, length)")
+        if ids.numel() == 0:
+            return
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(n) for n in torch.aminmax(ids))
+            if low < 0 or high >= size:
+                what = f"the largest id is {high}" if high >= size else f"the smallest id is {low}"
+                raise ValueError(f"CausalLM: ids outside the vocabulary: {what}, expected 0 to {size - 1}")
+            return
+        torch._assert_async(
+            ((ids >= 0) & (ids < size)).all(),
+            f"CausalLM: ids outside the vocabulary, expected 0 to {size - 1}",
+        )
