@@ -161,7 +161,7 @@ class TrainingTask(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.reseed()
 
-    def reseed(self) -> None:
+    def reseed(self, counter: int | None = None) -> None:
         """Seed every generator for the training batch at hand, a function of (seed, process, batch counter).
 
         So dropout draws the same numbers after a resume, without any generator's state in the checkpoint. Does
@@ -170,7 +170,8 @@ class TrainingTask(LightningModule):
         seed = os.environ.get("PL_GLOBAL_SEED")
         if seed is None:
             return
-        counter = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if counter is None:
+            counter = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         # Seeding with a string hashes it (SHA-512), the same in every process.
         own = random.Random(f"{seed}/{self.trainer.global_rank}/{counter}").getrandbits(63)
         random.seed(own)

@@ -26,14 +26,15 @@ class LanguageModelling(TrainingTask):
 
     Args:
         model, overrides, optimizer, schedule, init_from, init_part: as for `TrainingTask`.
-        stream: when to take, beside the loss over windows, the streamed loss: the whole validation text in one pass
-            with the state carried, so that every token but the first is predicted from all text before it. "off",
-            "validate" (each validation) or "test" (`ssm-modal test`, and after training). Needs a data module with
-            `stream(split)`.
+        stream: when to take the streamed loss beside the loss over windows: the whole text in one pass with
+            the state carried, so that every token is predicted from all text before it. "off", "validate"
+            (each validation) or "test" (`ssm-modal test`, and after training). Needs a data module with
+            `stream(split)`, the ids of "validation" or "test" (tokens,).
+        stream_segment: tokens that go through the model at once in the streamed pass.
 
-    Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a token, the mean over all targets), `perplexity`,
-    `bits_per_byte` where the data module says how many bytes a token stands for (`bytes_per_token`), and
-    `stream_loss`, `stream_bits_per_byte` of the streamed pass.
+    Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a token, the mean over all targets),
+    `perplexity`, `bits_per_byte` where the data module has a tokenizer, and `stream_loss` and
+    `stream_bits_per_byte` of the streamed pass.
     """
 
     def __init__(
@@ -45,11 +46,15 @@ class LanguageModelling(TrainingTask):
         init_from: str | None = None,
         init_part: Literal["all", "backbone"] = "all",
         stream: Literal["off", "validate", "test"] = "off",
+        stream_segment: int = 4096,
     ) -> None:
         super().__init__(model, overrides, optimizer, schedule, init_from, init_part)
         if stream not in ("off", "validate", "test"):
             raise ValueError(f"stream is {stream!r}, expected off, validate or test")
-        self.stream = stream
+        if stream_segment < 1:
+            raise ValueError(f"stream_segment is {stream_segment}, expected 1 or more")
+        self.stream, self.stream_segment = stream, stream_segment
+        self._bytes: dict[str, float | None] = {}
 
     def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
         return StepOutput(*token_loss(self.logits(batch), batch["labels"]))
@@ -58,7 +63,7 @@ class LanguageModelling(TrainingTask):
         if "loss" not in means:
             return {}
         out = {"perplexity": _exp(means["loss"])}
-        split = "val" if stage == "val" else "test"
+        split = "validation" if stage == "val" else "test"
         bytes_per_token = self._bytes_per_token(split)
         if bytes_per_token is not None:
             out["bits_per_byte"] = means["loss"] / math.log(2) / bytes_per_token
@@ -70,23 +75,25 @@ class LanguageModelling(TrainingTask):
         return out
 
     @torch.no_grad()
-    def streamed_loss(self, split: str = "val") -> float:
+    def streamed_loss(self, split: str = "validation") -> float:
         """Nats a token over the whole text of `split`, read in segments with the state carried between them.
 
-        The data module's `stream(split)` yields batches of one row, `ids` and `labels` (1, segment), in the order of
-        the text. Memory does not grow with the text for a state-space model; a Transformer's cache does.
+        Memory does not grow with the text for a state-space model; a Transformer's cache does. Every process
+        computes the same value.
         """
-        source = getattr(getattr(self.trainer, "datamodule", None), "stream", None)
-        if source is None:
+        ids = self._stream_ids(split)
+        if ids is None:
             raise ValueError(
-                f"stream is {self.stream!r}, but {type(getattr(self.trainer, 'datamodule', None)).__name__} has no "
-                "stream(split); set stream: off"
+                f"stream is {self.stream!r}, but {type(self._datamodule).__name__} has no stream(split) that "
+                "gives the ids of a split; set stream: off"
             )
         total, count, state = 0.0, 0, None
-        for batch in source(split):
-            ids, labels = batch["ids"].to(self.device), batch["labels"].to(self.device)
-            logits, state = self.model(ids, state)
-            nats, targets = token_loss(logits, labels)
+        last = ids.shape[0] - 1
+        for start in range(0, last, self.stream_segment):
+            stop = min(start + self.stream_segment, last)
+            window = ids[start : stop + 1].to(self.device, torch.int64)[None]
+            logits, state = self.model(window[:, :-1], state)
+            nats, targets = token_loss(logits, window[:, 1:])
             total, count = total + float(nats), count + int(targets)
         return total / count if count else math.nan
 
@@ -98,10 +105,27 @@ class LanguageModelling(TrainingTask):
         )
         return {"ids": batch["ids"].cpu(), "labels": labels.cpu(), "nats": nats.view(labels.shape).cpu()}
 
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    def _stream_ids(self, split: str) -> Tensor | None:
+        ask = getattr(self._datamodule, "stream", None)
+        ids = ask(split) if ask is not None else None
+        return ids if isinstance(ids, Tensor) and ids.ndim == 1 else None
+
     def _bytes_per_token(self, split: str) -> float | None:
-        """Bytes of text a token of `split` stands for, as the data module says; None where it does not."""
-        ask = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
-        return float(ask(split) if callable(ask) else ask) if ask is not None else None
+        """Bytes of text that a token of `split` stands for on average; None where the data does not say."""
+        if split not in self._bytes:
+            decode = getattr(getattr(self._datamodule, "tokenizer", None), "decode", None)
+            ids = self._stream_ids(split)
+            if decode is None or ids is None or not len(ids):
+                self._bytes[split] = None
+            else:
+                # A large text's share is as good as the whole and quicker.
+                part = ids[: 1 << 20].to(torch.int64).tolist()
+                self._bytes[split] = len(decode(part).encode("utf-8", "replace")) / len(part)
+        return self._bytes[split]
 
 
 def _exp(nats: float) -> float:

@@ -1,0 +1,1 @@
+"""The `ssm-modal` program: training through LightningCLI, and generation, configs and doctor beside it."""

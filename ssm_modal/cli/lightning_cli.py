@@ -1,0 +1,318 @@
+"""`ssm-modal fit|validate|test|predict`: LightningCLI in subclass mode, with one fixed folder a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from ssm_modal.cli.callbacks import Progress, RunCheckpoint, StopOnNonFinite
+from ssm_modal.cli.checkpoint_io import AtomicCheckpointIO
+from ssm_modal.cli.configs import find_config
+from ssm_modal.cli.csv_logger import CsvLogger
+from ssm_modal.cli.run_folder import RunFolder, given_option, seeded_run_dir
+from ssm_modal.errors import ConfigError
+from ssm_modal.io.atomic import atomic_write
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+# What differs from Lightning's defaults: a run is counted in optimizer steps, over an endless stream of batches.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 500,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "logger": True,
+}
+
+# Lightning's hints about things that are so on purpose here.
+_HINTS = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*is deprecated.*",
+    ".*overridden `transfer_batch_to_device`.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*is not resumable.*",
+    ".*recommended to use `self.log.*sync_dist=True.*",
+    ".*does not have a test_dataloader.*",
+    ".*litlogger.*",
+    ".*`tensorboardX`.*",
+    ".*Found .* module\\(s\\) in eval mode at the start of training.*",
+    ".*GPU available but not used.*",
+    ".*No device id is provided via `init_process_group`.*",
+    ".*Trying to infer the `batch_size`.*",
+)
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with a run folder, checkpoints that a killed run goes on from, and a test after training.
+
+    Top-level keys beside LightningCLI's `trainer`, `model`, `data`, `seed_everything`: `run_dir`, `test_after_fit`,
+    `checkpoint` (`RunCheckpoint`'s arguments).
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.given = list(args)
+        self.resume_from: Path | None = None
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "exit_on_error": False,
+                **{command: {"exit_on_error": False} for command in COMMANDS},
+            },
+            args=_with_shipped_configs(self.given),
+        )
+
+    # ------------------------------------------------------------------ configuration
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/default", help="The folder of the run: logs, checkpoints, results."
+        )
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=True, help="Whether to test the best checkpoint after training."
+        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI would read the model's arguments out of the checkpoint; here the config says what the model
+        # is, and a checkpoint of another architecture is an error.
+        return
+
+    @property
+    def settings(self) -> Any:
+        """The configuration of the command at hand."""
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        quieten()
+        settings = self.settings
+        if not isinstance(settings.seed_everything, int) or isinstance(settings.seed_everything, bool):
+            raise ConfigError(f"seed_everything is {settings.seed_everything}, expected an integer")
+        if given_option(self.given, "run_dir") is None and given_option(self.given, "seed_everything") is not None:
+            settings.run_dir = seeded_run_dir(
+                settings.run_dir, settings.seed_everything, _config_seed(self.given)
+            )
+        self.folder = RunFolder(settings.run_dir)
+        settings.trainer.default_root_dir = str(self.folder.path)
+        if self.subcommand == "fit":
+            self._check_fit(settings.trainer)
+        self.resume_from = self._find_checkpoint(settings)
+
+    def _check_fit(self, trainer: Any) -> None:
+        if trainer.max_steps < 1 and not trainer.fast_dev_run:
+            raise ConfigError(
+                f"trainer.max_steps is {trainer.max_steps}, expected the optimizer steps of the run, 1 or more "
+                "(training data has no end of its own)"
+            )
+        every, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+        if isinstance(every, int) and every % accumulate:
+            raise ConfigError(
+                f"trainer.val_check_interval is {every}, expected a multiple of trainer.accumulate_grad_batches = "
+                f"{accumulate}: checkpoints are taken between optimizer steps only"
+            )
+
+    def _find_checkpoint(self, settings: Any) -> Path | None:
+        """The checkpoint that the command starts from; None to start from the model's own weights."""
+        which = settings.get("ckpt_path")
+        if which is not None:
+            return self.folder.checkpoint(str(which))
+        if self.subcommand == "fit":
+            return None
+        if settings.model.init_args.get("init_from") is not None and not self.folder.checkpoints.is_dir():
+            return None
+        return self.folder.checkpoint_for_evaluation()
+
+    # ------------------------------------------------------------------ running
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self.config_init[self.subcommand]["trainer"]
+        if self.subcommand != "fit":
+            # Evaluating must not write into the logs of the training.
+            kwargs["logger"] = False
+        elif trainer["logger"] is True and not trainer["fast_dev_run"]:
+            kwargs["logger"] = self._loggers()
+        plugins = trainer["plugins"] or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        callbacks = list(trainer["callbacks"] or []) + [StopOnNonFinite()]
+        if trainer["enable_progress_bar"] is not False:
+            callbacks.append(Progress())
+        kwargs["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self) -> list[Any]:
+        loggers: list[Any] = [CsvLogger(self.folder.path)]
+        purge = None
+        if self.resume_from is not None:
+            purge = int(torch.load(self.resume_from, map_location="cpu", weights_only=True)["global_step"])
+        loggers.append(
+            TensorBoardLogger(
+                str(self.folder.path),
+                name="tensorboard",
+                version="",
+                default_hp_metric=False,
+                **({"purge_step": purge} if purge is not None else {}),
+            )
+        )
+        return loggers
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = None if self.resume_from is None else str(self.resume_from)
+        return kwargs
+
+    def before_fit(self) -> None:
+        """Make the run's folder ready: kept where the run goes on, an earlier one moved aside otherwise."""
+        if self.trainer.fast_dev_run:
+            return
+        if rank_zero_only.rank == 0:
+            if self.resume_from is None:
+                aside = self.folder.move_aside()
+                if aside is not None:
+                    say(f"the earlier run in {self.folder.path} is now in {aside}")
+            else:
+                self._forget_after_checkpoint()
+            self.save_config()
+        size = sum(p.numel() for p in self.model.parameters())
+        where = f"going on from {self.resume_from}" if self.resume_from is not None else "from the start"
+        say(
+            f"{type(self.model).__name__} with {size:,} parameters on {self.trainer.strategy.root_device}, "
+            f"precision {self.trainer.precision}, seed {self.settings.seed_everything}, {where}; "
+            f"run folder {self.folder.path}"
+        )
+
+    def _forget_after_checkpoint(self) -> None:
+        """Drop the logged rows of steps that will be taken again."""
+        assert self.resume_from is not None
+        step = int(torch.load(self.resume_from, map_location="cpu", weights_only=True)["global_step"])
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CsvLogger):
+                logger.drop_from(step)
+
+    def save_config(self) -> None:
+        """Write the whole configuration to the run's folder, from where it runs again."""
+        parser = self._parser(self.subcommand)
+        settings = self.settings.clone()
+        settings["ckpt_path"] = None
+        atomic_write(self.folder.config, parser.dump(settings, skip_none=False))
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint where the task and the data have a test."""
+        if self.trainer.fast_dev_run or not self.trainer.state.finished:
+            return
+        if self.settings.test_after_fit and _has_test(self.model, self.datamodule):
+            best = self.folder.checkpoint_for_evaluation()
+            say(f"testing {best}")
+            self.report("test", self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False))
+
+    def validate(self, **kwargs: Any) -> None:
+        self.report("validate", self.trainer.validate(**{**kwargs, "verbose": False}))
+
+    def test(self, **kwargs: Any) -> None:
+        self.report("test", self.trainer.test(**{**kwargs, "verbose": False}))
+
+    def predict(self, **kwargs: Any) -> None:
+        predictions = self.trainer.predict(**kwargs)
+        if rank_zero_only.rank == 0:
+            self.folder.results.mkdir(parents=True, exist_ok=True)
+            path = self.folder.results / "predictions.pt"
+            AtomicCheckpointIO().save_checkpoint({"predictions": predictions}, path)
+            say(f"predictions of {len(predictions or [])} batches are in {path}")
+
+    def report(self, command: str, metrics: Any) -> None:
+        """Print the measured means and write them to `results/<command>.json`."""
+        if rank_zero_only.rank != 0 or not metrics:
+            return
+        found = {name: float(value) for one in metrics for name, value in one.items()}
+        if not found:
+            return
+        width = max(len(name) for name in found)
+        for name, value in sorted(found.items()):
+            print(f"{name:<{width}}  {value:.6g}")
+        about = {"checkpoint": None if self.resume_from is None else str(self.resume_from), **found}
+        if command == "test" and self.subcommand == "fit":
+            about["checkpoint"] = str(self.folder.checkpoint_for_evaluation())
+        atomic_write(self.folder.results / f"{command}.json", json.dumps(about, indent=2) + "\n")
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `args`, the command line after the program's name. Returns the exit code."""
+    TrainingCLI(args)
+    return 0
+
+
+def say(line: str) -> None:
+    """Print a line about the run, from the first process only."""
+    if rank_zero_only.rank == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def quieten() -> None:
+    """Silence Lightning's banners and hints; its errors and other warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for hint in _HINTS:
+        warnings.filterwarnings("ignore", message=hint)
+
+
+def _has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
+    return is_overridden("test_step", model) and data is not None and is_overridden("test_dataloader", data)
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    files = []
+    for i, arg in enumerate(args):
+        if arg in ("--config", "-c") and i + 1 < len(args):
+            files.append(args[i + 1])
+        elif arg.startswith("--config="):
+            files.append(arg.split("=", 1)[1])
+    return files
+
+
+def _config_seed(args: Sequence[str]) -> Any:
+    """`seed_everything` as the config files say, or the default."""
+    seed: Any = 0
+    for name in _config_files(args):
+        content = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "seed_everything" in content:
+            seed = content["seed_everything"]
+    return seed
+
+
+def _with_shipped_configs(args: Sequence[str]) -> list[str]:
+    """`args` with the names of shipped configs replaced by their paths, where no such file is here."""
+    out = list(args)
+    for i, arg in enumerate(out):
+        if arg in ("--config", "-c") and i + 1 < len(out):
+            out[i + 1] = str(find_config(out[i + 1]))
+        elif arg.startswith("--config="):
+            out[i] = f"--config={find_config(arg.split('=', 1)[1])}"
+    return out

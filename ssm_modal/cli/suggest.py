@@ -1,0 +1,2 @@
+def usage_message(error, args):
+    return None
