@@ -7,7 +7,8 @@ layer, so no layer reads the device (a read would synchronise and break CUDA gra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,13 +83,17 @@ class Sequences:
                 f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (sequences + 1,) with at least 2 entries"
             )
         if cu_seqlens.device != device:
-            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but the input is on {device}; move one of them")
+            raise ValueError(
+                f"cu_seqlens is on {cu_seqlens.device}, but the input is on {device}; move one of them"
+            )
         host = [int(n) for n in cu_seqlens.tolist()]
         if host[0] != 0:
             raise ValueError(f"cu_seqlens[0] is {host[0]}, expected 0")
         for i, (a, b) in enumerate(zip(host, host[1:])):
             if b < a:
-                raise ValueError(f"cu_seqlens falls from {a} to {b} at index {i + 1}, expected rising borders")
+                raise ValueError(
+                    f"cu_seqlens falls from {a} to {b} at index {i + 1}, expected rising borders"
+                )
         if host[-1] != length:
             raise ValueError(f"cu_seqlens ends at {host[-1]}, expected {length}, the length of the input")
         return cls(tuple(b - a for a, b in zip(host, host[1:])), cu_seqlens.to(torch.int64))
@@ -121,7 +126,9 @@ class Sequences:
     def seq_index(self) -> Tensor:
         """(total,) int64: the sequence each step belongs to."""
         if "seq_index" not in self._extra:
-            host = torch.repeat_interleave(torch.arange(self.n), torch.tensor(self.lengths, dtype=torch.int64))
+            host = torch.repeat_interleave(
+                torch.arange(self.n), torch.tensor(self.lengths, dtype=torch.int64)
+            )
             self._extra["seq_index"] = host.to(self.cu_seqlens.device)
         return self._extra["seq_index"]
 
@@ -142,7 +149,31 @@ class Sequences:
                     end.append(at + min(offset + chunk_size, n))
                     seq.append(i)
                 first.append(len(start))
-            table = torch.tensor([start, end, seq], dtype=torch.int64).reshape(3, -1).to(self.cu_seqlens.device)
+            table = (
+                torch.tensor([start, end, seq], dtype=torch.int64).reshape(3, -1).to(self.cu_seqlens.device)
+            )
             borders = torch.tensor(first, dtype=torch.int64).to(self.cu_seqlens.device)
             self._tables[chunk_size] = ChunkTable(chunk_size, table[0], table[1], table[2], borders)
         return self._tables[chunk_size]
+
+
+_CACHE: OrderedDict[tuple[tuple[int, ...], torch.device], Sequences] = OrderedDict()
+_CACHE_SIZE = 16
+
+
+def cached_sequences(cu_seqlens: Tensor | None, lengths: Sequence[int]) -> Sequences | None:
+    """The `Sequences` of these lengths on this device, built once while it stays among the last used.
+
+    For custom ops, which take tensors and numbers only: their tables are then neither built nor copied once a layer.
+    """
+    if cu_seqlens is None:
+        return None
+    key = (tuple(lengths), cu_seqlens.device)
+    seqs = _CACHE.pop(key, None)
+    if seqs is None:
+        # A copy: the caller may write the next batch's borders into the same tensor.
+        seqs = Sequences(key[0], cu_seqlens.to(torch.int64, copy=True))
+    _CACHE[key] = seqs
+    while len(_CACHE) > _CACHE_SIZE:
+        _CACHE.popitem(last=False)
+    return seqs

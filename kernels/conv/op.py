@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
-from ssm_modal.kernels import dispatch
 from ssm_modal.kernels.conv.arguments import check_sequence
+from ssm_modal.kernels.conv.custom_op import convolve
 from ssm_modal.kernels.conv.shifted import causal_conv1d_shifted
+from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.sequences import Sequences
 
 
@@ -71,16 +70,17 @@ def causal_conv1d(
 
     Args:
         x: (batch, length, d_inner), fp32, bf16, fp16 or fp64; any strides, any length from 0.
-        weight: (d_inner, d_conv), x's dtype, or fp32 beside bf16 and fp16; `weight[:, -1]` weighs the present.
+        weight: (d_inner, d_conv), x's dtype, or fp32 beside bf16 and fp16; `weight[:, -1]` weighs the
+            present.
         bias: (d_inner,), dtypes as weight, or None.
         activation: None or "silu".
-        initial_state: (batch, d_inner, d_conv - 1), or (sequences, ...) with `cu_seqlens`: the inputs before the
-            first step in scan order, the oldest first, in x's dtype. None stands for zeros.
+        initial_state: (batch, d_inner, d_conv - 1), or (sequences, ...) with `cu_seqlens`: the inputs before
+            the first step in scan order, the oldest first, in x's dtype. None stands for zeros.
         cu_seqlens: int32 or int64 (sequences + 1,) borders of sequences end to end in a batch of one, or a
-            `Sequences`, already validated (needed inside `torch.compile`). No tap crosses a border; a sequence of
-            length 0 hands its state through.
-        reverse: scan from the last step to the first: out_t depends on x_t, x_{t+1}, ...; the state enters at the
-            last step. Equals flip, convolve, flip.
+            `Sequences`, already validated (needed inside `torch.compile`). No tap crosses a border; a
+            sequence of length 0 hands its state through.
+        reverse: scan from the last step to the first: out_t depends on x_t, x_{t+1}, ...; the state enters at
+            the last step. Equals flip, convolve, flip.
         return_final_state: also return the state after the last step in scan order.
         backend: None to choose, "triton", "cpu" or "torch".
 
@@ -95,6 +95,9 @@ def causal_conv1d(
     """
     op = "causal_conv1d"
     silu, seqs = check_sequence(op, x, weight, bias, activation, initial_state, cu_seqlens)
-    dispatch.choose(op, x, backend)
-    out, final = causal_conv1d_shifted(x, weight, bias, silu, initial_state, seqs, reverse)
+    chosen = resolve(op, x.device, x.dtype, backend)
+    if chosen == "torch":
+        out, final = causal_conv1d_shifted(x, weight, bias, silu, initial_state, seqs, reverse)
+    else:
+        out, final = convolve(x, weight, bias, silu, initial_state, seqs, reverse, chosen)
     return (out, final) if return_final_state else out

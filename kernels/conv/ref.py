@@ -1,12 +1,13 @@
 """Reference of `causal_conv1d`: a plain loop over time, in the dtype of its inputs (fp64 for tests).
 
-The short causal depthwise convolution of Mamba (Gu & Dao 2023, arXiv 2312.00752, section 3.4 and figure 3), taken
-from H3 (Fu et al. 2022, arXiv 2212.14052):
+The short causal depthwise convolution of Mamba (Gu & Dao 2023, arXiv 2312.00752, section 3.4 and figure 3),
+taken from H3 (Fu et al. 2022, arXiv 2212.14052):
 
     y_t = bias + sum_{j = 0}^{K - 1} weight[:, K - 1 - j] * x_{t - j}        out_t = silu(y_t) or y_t
 
-so `weight[:, K - 1]` weighs the present input, as in a left-padded `torch.nn.Conv1d(groups=d_inner)`. Inputs before
-the first step are those of the state, (d_inner, K - 1): the last K - 1 inputs in scan order, the oldest first.
+so `weight[:, K - 1]` weighs the present input, as in a left-padded `torch.nn.Conv1d(groups=d_inner)`. Inputs
+before the first step are those of the state, (d_inner, K - 1): the last K - 1 inputs in scan order, the
+oldest first.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def causal_conv1d_ref(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `causal_conv1d`, one time step after the other; differentiable, any floating dtype.
 
-    x: (batch, length, d_inner). weight: (d_inner, d_conv). bias: (d_inner,). initial_state and the final state:
-    (batch or sequences, d_inner, d_conv - 1).
+    x: (batch, length, d_inner). weight: (d_inner, d_conv). bias: (d_inner,). initial_state and the final
+    state: (batch or sequences, d_inner, d_conv - 1).
     """
     batch, length, d_inner = x.shape
     history = weight.shape[1] - 1

@@ -1,7 +1,9 @@
-"""`causal_conv1d` in plain torch: one multiply-add a tap over shifted views. Runs everywhere, any dtype, any device.
+"""`causal_conv1d` in plain torch: one multiply-add a tap over shifted views. Runs everywhere, any dtype, any
+device.
 
-On the CPU, shifted multiply-adds over (batch, length, d_inner) take about half the time of `F.conv1d(groups=d_inner)`,
-which wants the channels before the length and runs on strided views here. Gradients, of every order, are autograd's.
+On the CPU, shifted multiply-adds over (batch, length, d_inner) take about half the time of
+`F.conv1d(groups=d_inner)`, which wants the channels before the length and runs on strided views here.
+Gradients, of every order, are autograd's.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def causal_conv1d_shifted(
     length, d_inner = x.shape[1:]
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0] if seqs is None else seqs.n, d_inner, history)
-    # Every sequence gets its history next to its first step in scan order: `padded` stands in time order, so the
-    # history lies behind the inputs when scanning backwards.
+    # Every sequence gets its history next to its first step in scan order: `padded` stands in time order, so
+    # the history lies behind the inputs when scanning backwards.
     before = initial_state.transpose(1, 2)
     if reverse:
         before = before.flip(1)
@@ -71,8 +73,8 @@ def causal_conv1d_shifted(
 def _tables(seqs: Sequences, history: int, reverse: bool) -> dict[str, Tensor]:
     """Where inputs, histories, outputs and final states stand among the padded steps; built once for `seqs`.
 
-    All int64: inputs, outputs (total,); history, last (sequences * history,). Sequence i takes the padded steps
-    [starts[i] + i * history, ...) of number lengths[i] + history.
+    All int64: inputs, outputs (total,); history, last (sequences * history,). Sequence i takes the padded
+    steps [starts[i] + i * history, ...) of number lengths[i] + history.
     """
     key = f"conv_{history}_{'reverse' if reverse else 'forward'}_"
     names = ("inputs", "history", "outputs", "last")

@@ -15,9 +15,10 @@ def causal_conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of the causal depthwise convolution; `state` is left as it is.
 
-    x: (batch, d_inner). weight: (d_inner, d_conv). bias: (d_inner,) or None. state: (batch, d_inner, d_conv - 1), the
-    last inputs, the oldest first, in x's dtype. activation: None or "silu". Returns out (batch, d_inner) and the new
-    state, both in x's dtype; differentiable in every tensor. Sums run in fp32 (fp64 for fp64 inputs).
+    x: (batch, d_inner). weight: (d_inner, d_conv). bias: (d_inner,) or None. state: (batch, d_inner, d_conv -
+    1), the last inputs, the oldest first, in x's dtype. activation: None or "silu". Returns out (batch,
+    d_inner) and the new state, both in x's dtype; differentiable in every tensor. Sums run in fp32 (fp64 for
+    fp64 inputs).
 
     Raises TypeError or ValueError naming the argument as `causal_conv1d` does.
     """
