@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ torch.library.define(
 torch.library.define(
     "ssm_modal::selective_scan_bwd",
     "(Tensor dout, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
-    "Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, int[] lengths, "
-    "bool reverse, Tensor boundaries, str backend) "
+    "Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, "
+    "int[] lengths, bool reverse, Tensor boundaries, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -66,16 +65,22 @@ def backend_functions(backend: str) -> tuple[Any, Any]:
     return chunked.selective_scan_fwd, chunked.selective_scan_bwd
 
 
-def _boundaries_module(backend: str) -> ModuleType:
-    if backend == "triton":
-        from ssm_modal.kernels.scan import triton_fwd
-
-        return triton_fwd
+def boundaries_shape(
+    backend: str, u: Tensor, A: Tensor, B: Tensor, seqs: Sequences | None
+) -> tuple[int, ...]:
+    """Shape of what a backend's forward keeps for its backward."""
+    batch, length, d_inner = u.shape
+    d_state, groups = A.shape[1], B.shape[2]
     if backend == "cpu":
         from ssm_modal.kernels.cpu import bindings
 
-        return bindings
-    return chunked
+        return bindings.boundaries_shape(batch, length, d_inner, d_state, seqs)
+    lengths = None if seqs is None else seqs.lengths
+    if backend == "triton":
+        from ssm_modal.kernels.scan.launch import boundaries_shape as of_triton
+
+        return of_triton(batch, length, d_inner, d_state, groups, lengths)
+    return chunked.boundaries_shape(batch, length, d_inner, d_state, groups, lengths)
 
 
 def _fwd(
@@ -116,11 +121,10 @@ def _fwd_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = state_dtype(u.dtype)
-    packed = tuple(lengths) if cu_seqlens is not None else None
-    rows = u.shape[0] if packed is None else len(packed)
-    shape = _boundaries_module(backend).boundaries_shape(
-        u.shape[0], u.shape[1], u.shape[2], A.shape[1], B.shape[2], packed
-    )
+    # Only the lengths count here; the borders may be a tensor without data.
+    seqs = None if cu_seqlens is None else Sequences(tuple(lengths), cu_seqlens)
+    rows = u.shape[0] if seqs is None else seqs.n
+    shape = boundaries_shape(backend, u, A, B, seqs)
     return (
         u.new_empty(u.shape),
         u.new_empty((rows, *A.shape), dtype=wide),
@@ -214,8 +218,8 @@ def _backward(
 
 def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
-        "selective_scan has first derivatives only, but a second derivative was asked for (backward through a "
-        "gradient taken with create_graph=True); use selective_scan_ref for that"
+        "selective_scan has first derivatives only, but a second was asked for (backward through a gradient "
+        "taken with create_graph=True); use selective_scan_ref for that"
     )
 
 

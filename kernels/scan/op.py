@@ -109,12 +109,14 @@ def selective_scan(
         u: (batch, length, d_inner), the input; fp32, bf16, fp16 or fp64. Any length from 0, any strides.
         delta: (batch, length, d_inner), dtype of u: the step size, before bias and softplus.
         A: (d_inner, d_state) real, fp32 (fp64 beside fp64 inputs); d_state 1 to 256.
-        B, C: (batch, length, d_state) or (batch, length, groups, d_state), dtype of u, groups dividing d_inner.
+        B, C: (batch, length, d_state) or (batch, length, groups, d_state), groups dividing d_inner, dtype of
+            u.
         D: (d_inner,) dtype of A, the skip connection.
         z: (batch, length, d_inner) dtype of u, the gate.
         delta_bias: (d_inner,) dtype of A.
         delta_softplus: pass delta + delta_bias through softplus (threshold 20, as torch).
-        initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with `cu_seqlens`, dtype of A.
+        initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with `cu_seqlens`, dtype of
+            A.
         cu_seqlens: borders of packed sequences, int32 or int64 (sequences + 1,), batch 1, or a checked
             `Sequences` (a tensor is read from its device once a call: that synchronises, and torch.compile
             cannot take it whole).

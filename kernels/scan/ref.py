@@ -1,8 +1,7 @@
-"""The selective scan as a plain loop over time, to be read against the paper. No backend: tests call it by
-name.
+"""The selective scan as a plain loop over time. No backend: tests call it by name.
 
-Mamba: Linear-Time Sequence Modeling with Selective State Spaces (arXiv 2312.00752), algorithm 2 and equations
-2-4.
+To be read against "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
+algorithm 2 and equations 2-4.
 
     symbol here        paper                 meaning
     u                  x                     input of the scan
