@@ -1,0 +1,57 @@
+#include "parallel.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+typedef void (*Launch)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+static Launch launch; /* GOMP_parallel, or NULL */
+
+void ssm_set_parallel(void *entry) { launch = (Launch)entry; }
+
+typedef struct {
+  void (*task)(void *, int64_t, int);
+  void *context;
+  int64_t tasks;
+  int threads;
+  atomic_llong next;
+  atomic_int joined;
+} Job;
+
+static void work(void *data) {
+  Job *job = data;
+  int thread = atomic_fetch_add(&job->joined, 1);
+  if (thread >= job->threads) return; /* a runtime that starts more threads than it was asked for */
+  for (;;) {
+    int64_t i = atomic_fetch_add(&job->next, 1);
+    if (i >= job->tasks) return;
+    job->task(job->context, i, thread);
+  }
+}
+
+static void *work_in_thread(void *data) {
+  work(data);
+  return NULL;
+}
+
+void ssm_parallel(void (*task)(void *, int64_t, int), void *context, int64_t tasks, int threads) {
+  if (threads > tasks) threads = (int)tasks;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; i++) task(context, i, 0);
+    return;
+  }
+  Job job = {.task = task, .context = context, .tasks = tasks, .threads = threads};
+  atomic_init(&job.next, 0);
+  atomic_init(&job.joined, 0);
+  if (launch) {
+    launch(work, &job, (unsigned)threads, 0);
+    return;
+  }
+  enum { MOST = 256 };
+  pthread_t started[MOST];
+  int n = 0;
+  while (n < threads - 1 && n < MOST && pthread_create(&started[n], NULL, work_in_thread, &job) == 0) n++;
+  work(&job);
+  for (int i = 0; i < n; i++) pthread_join(started[i], NULL);
+}

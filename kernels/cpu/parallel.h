@@ -1,0 +1,16 @@
+/* Tasks handed out to threads.
+ *
+ * torch's own OpenMP threads do the work where they can be reached (GOMP_parallel of the library torch has already
+ * loaded, given by `ssm_set_parallel`): a second pool would fight the first one's spinning threads for the cores.
+ * Elsewhere plain threads are started for the call.
+ */
+#ifndef SSM_PARALLEL_H
+#define SSM_PARALLEL_H
+
+#include <stdint.h>
+
+/* Runs task(context, i, thread) for each i in [0, tasks), on at most `threads` threads, thread in [0, threads).
+ * Tasks are taken as threads get free; no result may depend on which thread ran which task. */
+void ssm_parallel(void (*task)(void *context, int64_t i, int thread), void *context, int64_t tasks, int threads);
+
+#endif
