@@ -1,11 +1,11 @@
 """The compiled kernels as plain functions on validated fp32 CPU tensors.
 
 `op.py` of each op checks the arguments and calls these. Shapes: u, delta, z, x, out (batch, length, d_inner);
-A (d_inner, d_state); B, C (batch, length, groups, d_state); D, delta_bias, bias (d_inner,); scan states (batch or
-sequences, d_inner, d_state); conv weight (d_inner, d_conv) and states (batch or sequences, d_inner, d_conv - 1), the
-last inputs in scan order, the oldest first. All fp32 on the CPU, any strides. Where a last axis does not have stride
-1 a copy is made. Results are contiguous and do not depend on thread timing: the same call with the same number of
-threads (`torch.get_num_threads()`) gives the same bits.
+A (d_inner, d_state); B, C (batch, length, groups, d_state); D, delta_bias, bias (d_inner,); scan states (batch
+or sequences, d_inner, d_state); conv weight (d_inner, d_conv) and states (batch or sequences, d_inner,
+d_conv - 1), the last inputs in scan order, the oldest first. All fp32 on the CPU, any strides; where a last axis
+does not have stride 1 a copy is made. Results are contiguous and do not depend on thread timing: the same call
+with the same number of threads (`torch.get_num_threads()`) gives the same bits.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from ssm_modal.kernels.cpu.loader import library
 from ssm_modal.kernels.sequences import Sequences
 
 # The fields of ScanArgs in selective_scan.h, in order; every one takes eight bytes.
-_SCAN_FIELDS = (
-    "batch length channels states groups sequences borders reverse softplus tile threads "
-    "u delta z dout u_batch u_time delta_batch delta_time z_batch z_time dout_batch dout_time "
-    "B C B_batch B_time B_group C_batch C_time C_group A D delta_bias initial out final kept dfinal "
-    "du ddelta dz dA dD ddelta_bias dB dC dinitial"
-).split()
+_SCAN_FIELDS = """
+    batch length channels states groups sequences borders reverse softplus tile threads
+    u delta z dout u_batch u_time delta_batch delta_time z_batch z_time dout_batch dout_time
+    B C B_batch B_time B_group C_batch C_time C_group A D delta_bias initial out final kept dfinal
+    du ddelta dz dA dD ddelta_bias dB dC dinitial
+"""
 
 # The fields of ConvArgs in causal_conv1d.h, likewise.
-_CONV_FIELDS = (
-    "batch length channels width sequences borders reverse silu threads "
-    "x dout x_batch x_time dout_batch dout_time weight bias initial out final dfinal dx dweight dbias dinitial"
-).split()
+_CONV_FIELDS = """
+    batch length channels width sequences borders reverse silu threads
+    x dout x_batch x_time dout_batch dout_time weight bias initial out final dfinal
+    dx dweight dbias dinitial
+"""
 
 
 class _ScanArgs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in _SCAN_FIELDS]
+    _fields_ = [(name, ctypes.c_int64) for name in _SCAN_FIELDS.split()]
 
 
 class _ConvArgs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in _CONV_FIELDS]
+    _fields_ = [(name, ctypes.c_int64) for name in _CONV_FIELDS.split()]
 
 
 def _call(name: str, args: ctypes.Structure) -> None:
@@ -65,16 +66,13 @@ def tile_steps(d_state: int) -> int:
 
 
 def boundaries_shape(
-    batch: int, length: int, d_inner: int, d_state: int, groups: int, lengths: tuple[int, ...] | None
+    batch: int, length: int, d_inner: int, d_state: int, seqs: Sequences | None
 ) -> tuple[int, int, int]:
-    """Shape of the third result of `selective_scan_fwd`: (tiles, d_state, d_inner), d_inner rows side by side.
-
-    `lengths` are those of packed sequences, None for a batch; `groups` does not matter here.
-    """
+    """Shape of the third result of `selective_scan_fwd`: (tiles, d_state, d_inner)."""
     tile = tile_steps(d_state)
-    if lengths is None:
+    if seqs is None:
         return batch * ((length + tile - 1) // tile), d_state, d_inner
-    return sum((n + tile - 1) // tile for n in lengths), d_state, d_inner
+    return sum((n + tile - 1) // tile for n in seqs.lengths), d_state, d_inner
 
 
 def _scan_args(
@@ -136,7 +134,7 @@ def selective_scan_fwd(
     reverse: bool,
     save_boundaries: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, final_state, boundaries): boundaries, of `boundaries_shape`, is what backward needs of the states.
+    """(out, final_state, boundaries), the last of `boundaries_shape`: what backward needs of the states.
 
     With `save_boundaries=False` boundaries is empty (0, d_state, d_inner).
     """
@@ -145,8 +143,7 @@ def selective_scan_fwd(
     n = batch if seqs is None else seqs.n
     out = torch.empty(batch, length, d_inner)
     final = torch.empty(n, d_inner, d_state)
-    lengths = None if seqs is None else seqs.lengths
-    shape = boundaries_shape(batch, length, d_inner, d_state, B.shape[2], lengths)
+    shape = boundaries_shape(batch, length, d_inner, d_state, seqs)
     boundaries = torch.empty(shape if save_boundaries else (0, d_state, d_inner))
     if n == 0 or d_inner == 0:
         return out, final, boundaries

@@ -1,7 +1,7 @@
 """Compiles the C kernels at first use, keeps the library in a cache folder, and says why where that fails.
 
-Nothing needs a compiler at installation. The first call looks for a library built from the same sources, by the same
-compiler, for the same CPU, and builds it where there is none (a few seconds, once a machine). Environment:
+Nothing needs a compiler at installation. The first call looks for a library built from the same sources, by the
+same compiler, for the same CPU, and builds it where there is none (a few seconds, once a machine). Environment:
 
 - `SSM_MODAL_NO_CPU_KERNELS=1` switches the compiled kernels off.
 - `CC` names the compiler (default: the first of cc, gcc, clang on the path).
@@ -43,8 +43,8 @@ FLAGS = (
 NATIVE = (("-march=native",), ("-mcpu=native",), ())
 COMPILE_SECONDS = 300
 
-# A built library ends with this mark and the SHA-256 of all before it, so that a file cut short or altered is seen
-# before it is mapped (a linker reads past the end of a short one).
+# A built library ends with this mark and the SHA-256 of all before it, so that a file cut short or altered is
+# seen before it is mapped (the loader reads past the end of a short one and dies).
 _MARK = b"ssm_modal library\n"
 
 _lock = threading.Lock()
@@ -59,8 +59,8 @@ class CompileError(RuntimeError):
 def why_unavailable() -> str | None:
     """Why the compiled kernels cannot be used, or None where they can.
 
-    The first call of a process loads the library, building it where the cache has none; its failure is remembered and
-    warned about once.
+    The first call of a process loads the library, building it where the cache has none; its failure is
+    remembered and warned about once.
     """
     if _library is not None and not _disabled():
         return None
@@ -122,7 +122,7 @@ def _load() -> ctypes.CDLL:
                     _build(compiler, path)
         return _open(path)
     except OSError as error:
-        # The folder cannot be written, or what is in it must not be run from (noexec): build for this process alone.
+        # The folder cannot be written, or not be run from (noexec): build for this process alone.
         with tempfile.TemporaryDirectory(prefix="ssm_modal-") as private:
             path = Path(private) / name
             _build(compiler, path)
@@ -159,9 +159,8 @@ def _run(command: list[str], timeout: float) -> str:
         raise CompileError(f"the C compiler {command[0]} did not run: {error}") from error
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise CompileError(
-            f"the C compiler {command[0]} failed with status {done.returncode}: {' | '.join(said[:4]) or 'no message'}"
-        )
+        text = " | ".join(said[:4]) or "no message"
+        raise CompileError(f"the C compiler {command[0]} failed with status {done.returncode}: {text}")
     return done.stdout
 
 
@@ -247,7 +246,10 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _openmp_entry() -> int | None:
-    """Address of GOMP_parallel in the OpenMP library that torch has loaded, or None: the kernels start own threads."""
+    """Address of GOMP_parallel in the OpenMP library that torch has loaded, or None.
+
+    With None the kernels start threads of their own.
+    """
     try:
         with open("/proc/self/maps") as maps:
             paths = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
