@@ -1,6 +1,7 @@
 """Selective state-space models for long sequences of any kind, on one shared backbone.
 
-The names below are imported when first used, so that `import ssm_modal` is quick and needs no GPU and no extra.
+The names below are imported when first used, so that `import ssm_modal` is quick and needs no GPU and no
+extra.
 """
 
 from __future__ import annotations

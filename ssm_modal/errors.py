@@ -1,7 +1,7 @@
 """The errors of the package, and the wording of "unknown name, did you mean".
 
-Wrong arguments raise plain ValueError or TypeError with the argument's name; the classes here are for failures a
-caller may want to catch on their own.
+Wrong arguments raise plain ValueError or TypeError with the argument's name; the classes here are for
+failures a caller may want to catch on their own.
 """
 
 from __future__ import annotations

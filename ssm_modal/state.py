@@ -1,8 +1,8 @@
 """What a layer carries from one segment of a sequence to the next.
 
-Every stateful layer has one frozen dataclass derived from `State`. Axis 0 of every tensor in it is the batch row
-(with packed sequences: one row a sequence). Subclasses are registered as pytrees, so `torch.utils._pytree.tree_map`
-reaches their tensors, and nest: a backbone's state holds its layers' states.
+Every stateful layer has one frozen dataclass derived from `State`. Axis 0 of every tensor in it is the batch
+row (with packed sequences: one row a sequence). Subclasses are registered as pytrees, so
+`torch.utils._pytree.tree_map` reaches their tensors, and nest: a backbone's state holds its layers' states.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class State:
-    """Base of all states: a frozen dataclass of tensors, nested states, tuples of them, and plain host values.
+    """Base of all states: a frozen dataclass of tensors, nested states, tuples of them, and plain host
+    values.
 
     `wide` names the fields that keep their dtype when a state is cast (recurrent states stay fp32 or fp64).
     """
@@ -84,8 +85,9 @@ class State:
     def select(self, rows: Tensor | Sequence[int] | slice | int) -> Self:
         """The given batch rows, in the given order; a row may be taken more than once.
 
-        rows: indices (int64 tensor, sequence of ints or one int), a boolean mask of all rows, or a slice. Always a
-        copy, so that neither state sees the other's in-place steps. Raises IndexError for a row that is not there.
+        rows: indices (int64 tensor, sequence of ints or one int), a boolean mask of all rows, or a slice.
+        Always a copy, so that neither state sees the other's in-place steps. Raises IndexError for a row that
+        is not there.
         """
         n = self.batch_size
         if isinstance(rows, slice):

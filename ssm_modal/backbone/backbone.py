@@ -63,8 +63,8 @@ class Backbone(nn.Module):
     def _init_weights(self) -> None:
         """The one place where initialisation depends on the depth.
 
-        Linear biases start at zero. Every weight that writes into the residual stream is divided by the root of the
-        number of such writes, n_layers or 2 n_layers with MLPs, as GPT-2 and the published Mamba do.
+        Linear biases start at zero. Every weight that writes into the residual stream is divided by the root
+        of the number of such writes, n_layers or 2 n_layers with MLPs, as GPT-2 and the published Mamba do.
         """
         writes = self.config.n_layers * (1 if self.config.mlp is None else 2)
         for module in self.modules():
@@ -79,9 +79,10 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, BackboneState | None]:
         """Run over x: (batch, length, d_model).
 
-        state: what an earlier call returned, or None. seqs: `Sequences`, or cu_seqlens (sequences + 1,) int32 or
-        int64, which is validated here once: x is then (1, total, d_model) and the state has one row a sequence.
-        Returns (output in x's shape, new state), the state None where a layer needs the whole sequence.
+        state: what an earlier call returned, or None. seqs: `Sequences`, or cu_seqlens (sequences + 1,) int32
+        or int64, which is validated here once: x is then (1, total, d_model) and the state has one row a
+        sequence. Returns (output in x's shape, new state), the state None where a layer needs the whole
+        sequence.
         """
         check_input(self, x)
         if seqs is not None and not isinstance(seqs, Sequences):
@@ -92,7 +93,8 @@ class Backbone(nn.Module):
             raise StateError(f"Backbone: state has {len(state)} layers, expected {len(self.layers)}")
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.norm.weight.dtype)
-        branch, residual = x, None
+        branch = x
+        residual: Tensor | None = None
         new: list[State | None] = []
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.layers):
@@ -102,6 +104,7 @@ class Backbone(nn.Module):
             else:
                 branch, residual, after = block(branch, residual, own, seqs)
             new.append(after)
+        assert residual is not None  # there is at least one block
         out, _ = self.norm.add(branch, residual, self.config.residual_in_fp32)
         states = tuple(s for s in new if s is not None)
         return out, BackboneState(states) if self.has_state else None
@@ -123,7 +126,9 @@ class Backbone(nn.Module):
         check_state(self, state, x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.norm.weight.dtype)
-        branch, residual = x, None
+        branch = x
+        residual: Tensor | None = None
         for block, own in zip(self._blocks(), state):
             branch, residual = block.step_(branch, residual, own)
+        assert residual is not None
         return self.norm.add(branch, residual, self.config.residual_in_fp32)[0]

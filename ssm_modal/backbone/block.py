@@ -18,8 +18,8 @@ from ssm_modal.state import State
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
-    The last branch is not added here but in the next block's norm, which fuses the two: a block takes and returns the
-    pair (branch, residual), whose sum is the stream.
+    The last branch is not added here but in the next block's norm, which fuses the two: a block takes and
+    returns the pair (branch, residual), whose sum is the stream.
     """
 
     def __init__(self, config: BackboneConfig, layer: int) -> None:
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.mlp = MLP(config.d_model, config.mlp) if config.mlp is not None else None
         self.dropout = nn.Dropout(config.dropout) if config.dropout else None
 
-    def residual_weights(self) -> Iterator[nn.Parameter]:
+    def residual_weights(self) -> Iterator[Tensor]:
         """The weights of the Linears whose output is added to the stream."""
         yield from self.mixer.residual_weights()
         if self.mlp is not None:

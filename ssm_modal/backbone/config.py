@@ -17,11 +17,12 @@ from ssm_modal.layers.mlp import MLPConfig
 class BackboneConfig(Config):
     """n_layers blocks of width d_model.
 
-    mixer: one config for every block, or a tuple repeated over them: layer i takes mixer[i % len(mixer)], so a
-    hybrid is `mixer=(mamba,) * 7 + (attention,)`. mlp: None for blocks of a mixer alone. bidirectional: wraps every
-    mixer that runs in one direction (attention with causal=False is left as it is). norm_eps: of every RMSNorm.
-    residual_in_fp32: keep the residual stream in fp32 beside half-precision layers. dropout: on each branch, before
-    it is added. gradient_checkpointing: in training, keep only the blocks' inputs and compute the rest again.
+    mixer: one config for every block, or a tuple repeated over them: layer i takes mixer[i % len(mixer)], so
+    a hybrid is `mixer=(mamba,) * 7 + (attention,)`. mlp: None for blocks of a mixer alone. bidirectional:
+    wraps every mixer that runs in one direction (attention with causal=False is left as it is). norm_eps: of
+    every RMSNorm. residual_in_fp32: keep the residual stream in fp32 beside half-precision layers. dropout:
+    on each branch, before it is added. gradient_checkpointing: in training, keep only the blocks' inputs and
+    compute the rest again.
     """
 
     type: ClassVar[str] = "backbone"

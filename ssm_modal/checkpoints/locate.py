@@ -1,4 +1,5 @@
-"""Where the weights are: a saved folder, a training run's folder, a .ckpt file or a Hugging Face repository."""
+"""Where the weights are: a saved folder, a training run's folder, a .ckpt file or a Hugging Face
+repository."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 def locate(path: str | os.PathLike[str]) -> Path:
     """The folder with config.json and model.safetensors, or the .ckpt file, that `path` stands for.
 
-    A run's folder stands for its best checkpoint, else its last: `checkpoints/best*.ckpt`, then `last*.ckpt`, then
-    any .ckpt, the newest of several. A path that is not there and reads as `owner/name` is fetched from the Hugging
-    Face Hub. Raises CheckpointError where nothing is found.
+    A run's folder stands for its best checkpoint, else its last: `checkpoints/best*.ckpt`, then `last*.ckpt`,
+    then any .ckpt, the newest of several. A path that is not there and reads as `owner/name` is fetched from
+    the Hugging Face Hub. Raises CheckpointError where nothing is found.
     """
     local = Path(path).expanduser()
     if local.is_file():

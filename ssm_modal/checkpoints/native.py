@@ -48,15 +48,15 @@ def load_pretrained(
     """The model (in eval mode) that was saved or trained at `path`, with its weights.
 
     Args:
-        path: a folder written by `save_pretrained`; the folder of a training run (its best checkpoint, else its
-            last); a .ckpt file of one; or the id of a Hugging Face repository that holds the first.
+        path: a folder written by `save_pretrained`; the folder of a training run (its best checkpoint, else
+            its last); a .ckpt file of one; or the id of a Hugging Face repository that holds the first.
         part: None for the whole model, "backbone" for its `Backbone` alone.
         device: where the weights go; None for the CPU.
         dtype: what the weights are cast to; None keeps what was saved. `A_log`, `D` and `dt_bias` stay fp32.
 
     Raises:
-        CheckpointError: nothing found there, a file cut short or of another format, or weights that do not fit the
-            architecture; missing, unexpected and mis-shaped ones are listed.
+        CheckpointError: nothing found there, a file cut short or of another format, or weights that do not
+            fit the architecture; missing, unexpected and mis-shaped ones are listed.
         ValueError: an unknown `part`.
     """
     if part not in (None, "backbone"):
@@ -78,7 +78,8 @@ def load_pretrained(
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Put `tensors` in place of the parameters and buffers of `model`; raises CheckpointError unless all fit."""
+    """Put `tensors` in place of the parameters and buffers of `model`; raises CheckpointError unless all
+    fit."""
     expected = model.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
@@ -121,8 +122,8 @@ def _read_folder(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         )
     if document.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {document.get('format_version')!r}, expected {FORMAT_VERSION}; it was "
-            "written by another version of the package"
+            f"{path} has format_version {document.get('format_version')!r}, expected {FORMAT_VERSION}; it was written "
+            "by another version of the package"
         )
     if not isinstance(document.get("config"), dict):
         raise CheckpointError(f"{path} has no model config under the key 'config'")

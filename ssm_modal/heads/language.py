@@ -7,20 +7,27 @@ from torch import Tensor, nn
 
 
 class LanguageHead(nn.Module):
-    """(..., d_model) to (..., vocab_size) logits.
+    """(..., d_model) to (..., vocab_size) logits, at any positions chosen.
 
-    With `tied` it owns no weight and reads the embedding's, given at the call: the weight then exists once, in the
-    state dict too. `padded` (at least vocab_size) is the width of the weight; logits of the padding are cut off, so
-    that no id beyond the vocabulary can be predicted.
+    `embedding`: the token embedding whose weight a tied head reads, or None for a weight of its own. A tied head owns
+    no parameter, so that the weight exists once, in the state dict too. `rows` (at least vocab_size) is the height of
+    the weight; logits of its padding are cut off, so that no id beyond the vocabulary can be predicted.
     """
 
-    def __init__(self, d_model: int, vocab_size: int, *, padded: int, tied: bool) -> None:
+    def __init__(self, d_model: int, vocab_size: int, *, rows: int, embedding: nn.Embedding | None) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.padded = padded
-        self.proj = None if tied else nn.Linear(d_model, padded, bias=False)
+        self.rows = rows
+        self.proj = nn.Linear(d_model, rows, bias=False) if embedding is None else None
+        # In a tuple: the embedding is the model's module, not a second time this one's.
+        self._tied = (embedding,)
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """hidden: (..., d_model); embedding: (padded, d_model), used where the head is tied."""
-        logits = F.linear(hidden, embedding) if self.proj is None else self.proj(hidden)
-        return logits if self.padded == self.vocab_size else logits[..., : self.vocab_size]
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., d_model), a backbone's output."""
+        tied = self._tied[0]
+        if self.proj is not None:
+            logits = self.proj(hidden)
+        else:
+            assert tied is not None
+            logits = F.linear(hidden, tied.weight)
+        return logits if self.rows == self.vocab_size else logits[..., : self.vocab_size]

@@ -1,7 +1,7 @@
 """Two directions over one sequence, each a native scan: nothing is flipped or copied.
 
-Directions may own all their parameters, share their projections (Caduceus, arXiv 2403.03234; Vision Mamba, arXiv
-2401.09417) or share everything.
+Directions may own all their parameters, share their projections (Caduceus, arXiv 2403.03234; Vision Mamba,
+arXiv 2401.09417) or share everything.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ssm_modal.state import State
 class BidirectionalConfig(Config):
     """combine: "sum", "mean", or "concat", which a Linear brings back to d_model.
 
-    share: "none", two whole mixers; "projections", one pair of projections around two mixes (the convolution, the
-    scan and what selects them are each direction's own); "all", one mixer run both ways.
+    share: "none", two whole mixers; "projections", one pair of projections around two mixes (the convolution,
+    the scan and what selects them are each direction's own); "all", one mixer run both ways.
     """
 
     type: ClassVar[str] = "bidirectional"
@@ -34,11 +34,12 @@ class BidirectionalConfig(Config):
 
 
 class Bidirectional(nn.Module):
-    """Runs a mixer from the first step to the last and from the last to the first: (batch, length, d_model) to the same.
+    """Runs a mixer from the first step to the last and from the last to the first: (batch, length, d_model)
+    to the same.
 
     With share "none" the two outputs are combined; where projections are shared, sum and mean combine before
-    `project_out`, which then runs once. Needs the whole sequence: given a state it raises StateError, and the state
-    it returns is None.
+    `project_out`, which then runs once. Needs the whole sequence: given a state it raises StateError, and the
+    state it returns is None.
     """
 
     has_state = False
@@ -75,7 +76,7 @@ class Bidirectional(nn.Module):
     def _mean(self, total: Tensor) -> Tensor:
         return total / 2 if self.config.combine == "mean" else total
 
-    def residual_weights(self) -> Iterator[nn.Parameter]:
+    def residual_weights(self) -> Iterator[Tensor]:
         """The weights of the Linears whose output leaves the layer."""
         if self.out_proj is not None:
             yield self.out_proj.weight

@@ -1,7 +1,8 @@
 """Frozen configs to plain JSON-like data and back, and overrides by dotted or short names.
 
-A config is a frozen dataclass derived from `Config`. One that may stand beside others in the same field (a mixer, a
-model) carries a `type` string as a class variable; it is written as the key "type" and read back by it.
+A config is a frozen dataclass derived from `Config`. One that may stand beside others in the same field (a
+mixer, a model) carries a `type` string as a class variable; it is written as the key "type" and read back by
+it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _TAGGED: dict[str, type[Config]] = {}
 
 @dataclass(frozen=True)
 class Config:
-    """Base of all configs. A concrete subclass with a `type` is found by that string wherever a base is expected."""
+    """Base of all configs. A concrete subclass with a `type` is found by that string wherever a base is
+    expected."""
 
     type: ClassVar[str] = ""
 
@@ -50,16 +52,17 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; unknown keys, types and values raise ConfigError, naming the nearest valid one."""
+        """The inverse of `to_dict`; unknown keys, types and values raise ConfigError, naming the nearest
+        valid one."""
         return _read_config(cls, data, cls.__name__)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """A copy with some fields changed.
 
-        Keys are dotted paths ("backbone.mixer.d_state"), or the last part alone where only one field has that name
-        ("d_state"). A path through a tuple reaches every entry that has the field, or one by its index
-        ("backbone.mixer.0.d_state"). A value for a nested config is a config, None where allowed, or a dict, which
-        changes the fields that it names (a dict with another "type" starts that config afresh).
+        Keys are dotted paths ("backbone.mixer.d_state"), or the last part alone where only one field has that
+        name ("d_state"). A path through a tuple reaches every entry that has the field, or one by its index
+        ("backbone.mixer.0.d_state"). A value for a nested config is a config, None where allowed, or a dict,
+        which changes the fields that it names (a dict with another "type" starts that config afresh).
         """
         config = self
         pending = dict(overrides)
@@ -149,13 +152,13 @@ def _read(hint: Any, value: Any, where: str) -> Any:
             except ConfigError as error:
                 errors.append((option, error))
         # A mapping can only have meant the config among the options: its own error says what is wrong.
-        for option, error in errors:
+        for option, failure in errors:
             takes_mapping = isinstance(option, type) and issubclass(option, Config)
             takes_list = typing.get_origin(option) is tuple
             if (isinstance(value, Mapping) and takes_mapping) or (
                 isinstance(value, (list, tuple)) and takes_list
             ):
-                raise error
+                raise failure
         raise ConfigError(f"{where}: got {value!r}, expected {_name(hint)}")
     if origin is Literal:
         check_choice(where.rsplit(".", 1)[0], where.rsplit(".", 1)[-1], value, typing.get_args(hint))

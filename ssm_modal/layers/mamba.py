@@ -1,4 +1,5 @@
-"""Mamba: the selective state-space layer S6 in its gated block (Gu & Dao, arXiv 2312.00752, section 3.4, figure 3).
+"""Mamba: the selective state-space layer S6 in its gated block (Gu & Dao, arXiv 2312.00752, section 3.4,
+figure 3).
 
 Symbols of the paper: Delta is `dt`, E is `expand`, N is `d_state`, R is `dt_rank`.
 """
@@ -28,9 +29,9 @@ from ssm_modal.state import State
 class MambaConfig(MixerConfig):
     """d_inner = expand * d_model channels, each with d_state states; dt through a bottleneck of dt_rank.
 
-    dt_rank: "auto" is ceil(d_model / 16). dt_min, dt_max: softplus(dt_bias) starts log-uniform between them, never
-    below dt_init_floor. bias: of in_proj and out_proj. bc_dt_norm_eps: None, or the eps of a weightless RMS norm on
-    dt, B and C (Falcon-Mamba, arXiv 2410.05355).
+    dt_rank: "auto" is ceil(d_model / 16). dt_min, dt_max: softplus(dt_bias) starts log-uniform between them,
+    never below dt_init_floor. bias: of in_proj and out_proj. bc_dt_norm_eps: None, or the eps of a weightless
+    RMS norm on dt, B and C (Falcon-Mamba, arXiv 2410.05355).
     """
 
     type: ClassVar[str] = "mamba"
@@ -76,9 +77,10 @@ class MambaState(State):
 class Mamba(Mixer, WideParameters):
     """The Mamba layer: (batch, length, d_model) to the same, with a `MambaState` of constant size.
 
-    Parameters: in_proj (d_model -> 2 d_inner), conv1d (depthwise, d_conv), x_proj (d_inner -> dt_rank + 2 d_state),
-    dt_proj (dt_rank -> d_inner), dt_bias, D (d_inner,), A_log (d_inner, d_state), out_proj (d_inner -> d_model).
-    dt_bias stands on its own, not as dt_proj's bias, because the scan adds it inside its softplus in fp32.
+    Parameters: in_proj (d_model -> 2 d_inner), conv1d (depthwise, d_conv), x_proj (d_inner -> dt_rank + 2
+    d_state), dt_proj (dt_rank -> d_inner), dt_bias, D (d_inner,), A_log (d_inner, d_state), out_proj (d_inner
+    -> d_model). dt_bias stands on its own, not as dt_proj's bias, because the scan adds it inside its
+    softplus in fp32.
     """
 
     state_type = MambaState

@@ -1,7 +1,7 @@
 """The protocol of everything that mixes information along the length axis.
 
-A mixer works in three parts, `project_in`, `mix` and `project_out`, so that a bidirectional layer can run two mixes
-under one pair of projections. `forward` joins them.
+A mixer works in three parts, `project_in`, `mix` and `project_out`, so that a bidirectional layer can run two
+mixes under one pair of projections. `forward` joins them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class MixerConfig(Config):
 class Mixer(nn.Module, ABC):
     """Maps (batch, length, d_model) to the same, carrying a `State`.
 
-    Attributes: d_model, the width of input and output; d_inner, the width of what `mix` returns; has_state, False for
-    a layer that needs the whole sequence.
+    Attributes: d_model, the width of input and output; d_inner, the width of what `mix` returns; has_state,
+    False for a layer that needs the whole sequence.
     """
 
     d_model: int
@@ -54,7 +54,8 @@ class Mixer(nn.Module, ABC):
         reverse: bool = False,
         return_state: bool = True,
     ) -> tuple[Tensor, Any]:
-        """Mix along the length: (batch, length, d_inner) and the new state (None with `return_state=False`)."""
+        """Mix along the length: (batch, length, d_inner) and the new state (None with
+        `return_state=False`)."""
 
     @abstractmethod
     def project_out(self, y: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class Mixer(nn.Module, ABC):
     def drop_projections(self) -> None:
         """Remove the parameters of `project_in` and `project_out`; only `mix` can be called afterwards."""
 
-    def residual_weights(self) -> Iterator[nn.Parameter]:
+    def residual_weights(self) -> Iterator[Tensor]:
         """The weights of the Linears whose output leaves the layer."""
         out_proj = self.out_proj
         assert isinstance(out_proj, nn.Linear)
@@ -78,15 +79,16 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def step_(self, x: Tensor, state: Any) -> Tensor:
-        """One step, x: (batch, 1, d_model) to the same; `state` is changed in place and is never part of a graph."""
+        """One step, x: (batch, 1, d_model) to the same; `state` is changed in place and is never part of a
+        graph."""
 
     def forward(
         self, x: Tensor, state: Any = None, *, seqs: Sequences | None = None, reverse: bool = False
     ) -> tuple[Tensor, Any]:
         """Run over x: (batch, length, d_model), or (1, total, d_model) packed by `seqs`.
 
-        state: what an earlier call returned, or None for the zero state; it is left untouched. reverse: run from the
-        last step to the first (of each sequence); the state then enters at the last step.
+        state: what an earlier call returned, or None for the zero state; it is left untouched. reverse: run
+        from the last step to the first (of each sequence); the state then enters at the last step.
         Returns (output of x's shape, new state).
         """
         check_input(self, x, seqs)
@@ -103,7 +105,8 @@ def build_mixer(config: MixerConfig, d_model: int) -> Mixer:
 
 
 def check_input(layer: Any, x: object, seqs: object = None) -> None:
-    """Raise unless x is (batch, length, d_model), and of batch 1 and the right length where `seqs` packs it."""
+    """Raise unless x is (batch, length, d_model), and of batch 1 and the right length where `seqs` packs
+    it."""
     name = type(layer).__name__
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
@@ -124,7 +127,8 @@ def check_input(layer: Any, x: object, seqs: object = None) -> None:
 
 
 def check_state(layer: Any, state: object, x: Tensor, seqs: Sequences | None = None) -> None:
-    """Raise StateError unless `state` is None or a state of this layer with one row a batch entry (or sequence)."""
+    """Raise StateError unless `state` is None or a state of this layer with one row a batch entry (or
+    sequence)."""
     if state is None:
         return
     name = type(layer).__name__

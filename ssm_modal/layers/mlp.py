@@ -13,8 +13,8 @@ from ssm_modal.layers.config import Config, check_positive
 
 @dataclass(frozen=True)
 class MLPConfig(Config):
-    """activation: "swiglu" (three matrices) or "gelu" (two). d_hidden: None takes 4 d_model for gelu and 8/3 d_model,
-    rounded up to a multiple of 16, for swiglu, so that both have about 8 d_model^2 parameters."""
+    """activation: "swiglu" (three matrices) or "gelu" (two). d_hidden: None takes 4 d_model for gelu and 8/3
+    d_model, rounded up to a multiple of 16, for swiglu, so that both have about 8 d_model^2 parameters."""
 
     type: ClassVar[str] = "mlp"
     activation: Literal["swiglu", "gelu"] = "swiglu"
@@ -33,7 +33,8 @@ class MLPConfig(Config):
 
 
 class MLP(nn.Module):
-    """(..., d_model) to the same: out_proj(silu(gate_proj(x)) * up_proj(x)), or out_proj(gelu(up_proj(x)))."""
+    """(..., d_model) to the same: out_proj(silu(gate_proj(x)) * up_proj(x)), or
+    out_proj(gelu(up_proj(x)))."""
 
     def __init__(self, d_model: int, config: MLPConfig) -> None:
         super().__init__()

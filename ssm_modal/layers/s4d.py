@@ -1,6 +1,8 @@
-"""S4D: the time-invariant diagonal state-space layer (Gu et al., arXiv 2206.11893), the baseline beside Mamba.
+"""S4D: the time-invariant diagonal state-space layer (Gu et al., arXiv 2206.11893), the baseline beside
+Mamba.
 
-A is complex and comes in conjugate pairs, of which one of each is kept: y is twice the real part of their sum.
+A is complex and comes in conjugate pairs, of which one of each is kept: y is twice the real part of their
+sum.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from ssm_modal.state import State
 class S4DConfig(MixerConfig):
     """d_state counts the conjugate pairs kept: d_state 32 is the paper's N = 64.
 
-    output: "glu" is the paper's block, scan -> GELU -> Linear -> GLU; "gate" is Mamba's block with its selection and
-    convolution taken out, scan * silu(z) -> Linear. expand widens the scan: with 2, either has the 6 d_model^2
-    weights of a Mamba layer. expand 1 with "glu" has no input projection, as in the paper. init: "lin"
-    (A_n = -1/2 + i pi n) or "inv" (A_n = -1/2 + i N/pi (N / (2n + 1) - 1)), equations 9 and 8 of the paper.
+    output: "glu" is the paper's block, scan -> GELU -> Linear -> GLU; "gate" is Mamba's block with its
+    selection and convolution taken out, scan * silu(z) -> Linear. expand widens the scan: with 2, either has
+    the 6 d_model^2 weights of a Mamba layer. expand 1 with "glu" has no input projection, as in the paper.
+    init: "lin" (A_n = -1/2 + i pi n) or "inv" (A_n = -1/2 + i N/pi (N / (2n + 1) - 1)), equations 9 and 8 of
+    the paper.
     """
 
     type: ClassVar[str] = "s4d"
@@ -68,9 +71,9 @@ class S4DState(State):
 class S4D(Mixer, WideParameters):
     """The S4D layer: (batch, length, d_model) to the same, with an `S4DState` of constant size.
 
-    Parameters: log_dt (d_inner,), A_log = log(-Re A) and A_imag (d_inner, d_state), C (d_inner, d_state, 2) as real
-    and imaginary parts, D (d_inner,). B is one: only its product with C matters. Complex numbers are stored as real
-    tensors, so that casts, optimisers and safetensors know what to do.
+    Parameters: log_dt (d_inner,), A_log = log(-Re A) and A_imag (d_inner, d_state), C (d_inner, d_state, 2)
+    as real and imaginary parts, D (d_inner,). B is one: only its product with C matters. Complex numbers are
+    stored as real tensors, so that casts, optimisers and safetensors know what to do.
     """
 
     state_type = S4DState
@@ -155,7 +158,8 @@ class S4D(Mixer, WideParameters):
         return u, z
 
     def _coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """dt (d_inner,); A, B, C (d_inner, d_state) complex; D (d_inner,), in the precision inputs of `dtype` take."""
+        """dt (d_inner,); A, B, C (d_inner, d_state) complex; D (d_inner,), in the precision inputs of
+        `dtype` take."""
         wide = state_dtype(dtype)
         A = torch.complex(-torch.exp(self.A_log.to(wide)), self.A_imag.to(wide))
         C = torch.view_as_complex(self.C.to(wide).contiguous())

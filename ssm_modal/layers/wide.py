@@ -12,12 +12,13 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 class WideParameters(nn.Module):
-    """Base of modules with parameters that stay fp32 (or fp64) under `.to(torch.bfloat16)`, `.half()` and the like.
+    """Base of modules with parameters that stay fp32 (or fp64) under `.to(torch.bfloat16)`, `.half()` and the
+    like.
 
-    `wide_parameters`: names of parameters that never become bf16 or fp16: a decay exp(dt * A) is a power of A over
-    thousands of steps, so a rounded A is another model. `undecayed_parameters`: names of those marked
-    `_no_weight_decay`. The marks survive casts, moves, `copy.deepcopy`, pickling and `load_state_dict(assign=True)`,
-    all of which may replace the Parameter object.
+    `wide_parameters`: names of parameters that never become bf16 or fp16: a decay exp(dt * A) is a power of A
+    over thousands of steps, so a rounded A is another model. `undecayed_parameters`: names of those marked
+    `_no_weight_decay`. The marks survive casts, moves, `copy.deepcopy`, pickling and
+    `load_state_dict(assign=True)`, all of which may replace the Parameter object.
     """
 
     wide_parameters: ClassVar[tuple[str, ...]] = ()

@@ -1,16 +1,17 @@
 """Models: an embedding or tokenizer, a backbone and a head, joined; and the registry of named ones."""
 
+from ssm_modal.models import builders  # registers the named models
 from ssm_modal.models.base import Model, ModelConfig
 from ssm_modal.models.causal_lm import CausalLM, CausalLMConfig
 from ssm_modal.models.registry import create_model, list_models, model_config, register_model
 
-from ssm_modal.models import builders as _builders  # registers the named models  # isort: skip
 
 __all__ = [
     "CausalLM",
     "CausalLMConfig",
     "Model",
     "ModelConfig",
+    "builders",
     "create_model",
     "list_models",
     "model_config",

@@ -46,8 +46,8 @@ class Model(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into `folder`, made if needed.
 
-        Each file is written whole under a temporary name and then renamed, so that a full disk or a kill leaves what
-        was there. A weight used in two places is stored once. Nothing is pickled.
+        Each file is written whole under a temporary name and then renamed, so that a full disk or a kill
+        leaves what was there. A weight used in two places is stored once. Nothing is pickled.
         """
         target = Path(folder)
         if target.exists() and not target.is_dir():
@@ -77,7 +77,8 @@ def config_document(config: ModelConfig) -> dict[str, Any]:
 
 
 def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without second names of the same memory, every tensor contiguous (as safetensors needs)."""
+    """The state dict without second names of the same memory, every tensor contiguous (as safetensors
+    needs)."""
     seen: set[tuple[Any, ...]] = set()
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,8 +1,8 @@
 """The registered models: numbers only.
 
-`mamba_lm`, `s4d_lm` and `transformer_lm` are small models to be sized by overrides. They compare at the same d_model
-and about the same parameters: a Mamba layer and an S4D layer have about 6 d_model^2 weights, a Transformer block
-(attention 4 d_model^2, MLP 8 d_model^2) twice that, so it takes half the n_layers.
+`mamba_lm`, `s4d_lm` and `transformer_lm` are small models to be sized by overrides. They compare at the same
+d_model and about the same parameters: a Mamba layer and an S4D layer have about 6 d_model^2 weights, a
+Transformer block (attention 4 d_model^2, MLP 8 d_model^2) twice that, so it takes half the n_layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def s4d_lm() -> CausalLMConfig:
 
 @register_model
 def transformer_lm() -> CausalLMConfig:
-    """The attention baseline with rotary positions, of mamba_lm's size at the same d_model and half the n_layers."""
+    """The attention baseline with rotary positions, of mamba_lm's size at the same d_model and half the
+    n_layers."""
     return CausalLMConfig(
         vocab_size=256,
         backbone=BackboneConfig(d_model=256, n_layers=4, mixer=AttentionConfig(n_heads=4), mlp=MLPConfig()),

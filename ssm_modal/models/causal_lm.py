@@ -18,9 +18,9 @@ from ssm_modal.models.base import Model, ModelConfig
 
 @dataclass(frozen=True)
 class CausalLMConfig(ModelConfig):
-    """vocab_size ids, 0 to vocab_size - 1. tie_embeddings: the head uses the embedding's weight. pad_vocab_multiple:
-    rows of the embedding are rounded up to a multiple of it (matrix units like 8 or 64); ids stay below vocab_size.
-    embedding_std: standard deviation of the embedding at the start."""
+    """vocab_size ids, 0 to vocab_size - 1. tie_embeddings: the head uses the embedding's weight.
+    pad_vocab_multiple: rows of the embedding are rounded up to a multiple of it (matrix units like 8 or 64);
+    ids stay below vocab_size. embedding_std: standard deviation of the embedding at the start."""
 
     type: ClassVar[str] = "causal_lm"
     vocab_size: int
@@ -53,7 +53,8 @@ class CausalLMConfig(ModelConfig):
 
 
 class CausalLM(Model):
-    """ids (batch, length) to logits (batch, length, vocab_size): logits[:, t] predict what follows ids[:, : t + 1].
+    """ids (batch, length) to logits (batch, length, vocab_size): logits[:, t] predict what follows ids[:, : t
+    + 1].
 
     The state it carries is its backbone's.
     """
@@ -64,11 +65,12 @@ class CausalLM(Model):
         super().__init__()
         self.config = config
         multiple = config.pad_vocab_multiple
-        padded = -(-config.vocab_size // multiple) * multiple
+        rows = -(-config.vocab_size // multiple) * multiple
         d_model = config.backbone.d_model
-        self.embedding = nn.Embedding(padded, d_model)
+        self.embedding = nn.Embedding(rows, d_model)
         self.backbone = Backbone(config.backbone)
-        self.head = LanguageHead(d_model, config.vocab_size, padded=padded, tied=config.tie_embeddings)
+        tied = self.embedding if config.tie_embeddings else None
+        self.head = LanguageHead(d_model, config.vocab_size, rows=rows, embedding=tied)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
 
     def forward(
@@ -79,9 +81,9 @@ class CausalLM(Model):
 
         Returns (logits (batch, length, vocab_size), new state).
 
-        Raises TypeError or ValueError for ids of a wrong dtype, shape or outside the vocabulary. On CUDA the last is
-        a device-side assertion, since looking at the ids would stop the host; check ids on the host where they are
-        read.
+        Raises TypeError or ValueError for ids of a wrong dtype, shape or outside the vocabulary. On CUDA the
+        last is a device-side assertion, since looking at the ids would stop the host; check ids on the host
+        where they are read.
         """
         hidden, state = self.hidden(ids, state, seqs=seqs)
         return self.logits(hidden), state
@@ -91,14 +93,15 @@ class CausalLM(Model):
     ) -> tuple[Tensor, BackboneState | None]:
         """As `forward`, without the head: (backbone output (batch, length, d_model), new state).
 
-        With `logits`, a loss over few positions computes logits at those alone: `model.logits(hidden[labels >= 0])`.
+        With `logits`, a loss over few positions computes logits at those alone: `model.logits(hidden[labels
+        >= 0])`.
         """
         self._check_ids(ids)
         return self.backbone(self.embedding(ids), state, seqs=seqs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d_model) backbone outputs, any positions chosen, to (..., vocab_size) logits."""
-        return self.head(hidden, self.embedding.weight)
+        return self.head(hidden)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -51,11 +51,12 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
 def create_model(name: str, **overrides: Any) -> Model:
     """A freshly initialised model by its registered name, a plain `nn.Module`.
 
-    overrides: fields of its nested config, by a dotted path (`**{"backbone.mixer.d_state": 32}`) or by the last part
-    alone where only one field has that name (`d_state=32`). A nested config is replaced by a config or by a dict with
-    its "type" (`mixer={"type": "s4d"}`).
+    overrides: fields of its nested config, by a dotted path (`**{"backbone.mixer.d_state": 32}`) or by the
+    last part alone where only one field has that name (`d_state=32`). A nested config is replaced by a config
+    or by a dict with its "type" (`mixer={"type": "s4d"}`).
 
-    Raises ConfigError for an unknown name or key, naming the nearest valid one, and for values that do not fit.
+    Raises ConfigError for an unknown name or key, naming the nearest valid one, and for values that do not
+    fit.
 
     >>> create_model("mamba_lm", vocab_size=16, d_model=64, n_layers=2).config.backbone.n_layers
     2
