@@ -7,7 +7,6 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ssm_modal.kernels import dispatch
 from ssm_modal.kernels.checks import (
     FLOATING,
     check_device,
@@ -16,6 +15,8 @@ from ssm_modal.kernels.checks import (
     check_tensor,
     state_dtype,
 )
+from ssm_modal.kernels.dispatch import resolve
+from ssm_modal.kernels.norm.custom_op import norm
 from ssm_modal.kernels.norm.ref import rms_norm_ref
 
 
@@ -87,9 +88,9 @@ def rms_norm(
         backend: None to choose, "triton" or "torch".
 
     Returns:
-        out, x's shape and dtype. With `residual` also the sum s: fp32 if `residual_in_fp32` (fp64 stays fp64), else
-        in `residual`'s dtype. What is normalised is s as returned, its rounding included. Gradients flow to every
-        tensor, from both outputs, and have the arguments' dtypes.
+        out, x's shape and dtype. With `residual` also the sum s: fp32 if `residual_in_fp32` (fp64 stays
+        fp64), else in `residual`'s dtype. What is normalised is s as returned, its rounding included.
+        Gradients flow to every tensor, from both outputs, and have the arguments' dtypes.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape or device.
@@ -97,17 +98,19 @@ def rms_norm(
     """
     op = "rms_norm"
     check_arguments(op, x, weight, residual, gate, eps, group_size)
-    dispatch.choose(op, x, backend)
-    return rms_norm_ref(
-        x,
-        weight,
-        residual=residual,
-        gate=gate,
-        eps=eps,
-        norm_before_gate=norm_before_gate,
-        residual_in_fp32=residual_in_fp32,
-        group_size=group_size,
-    )
+    if resolve(op, x.device, x.dtype, backend) == "torch":
+        return rms_norm_ref(
+            x,
+            weight,
+            residual=residual,
+            gate=gate,
+            eps=eps,
+            norm_before_gate=norm_before_gate,
+            residual_in_fp32=residual_in_fp32,
+            group_size=group_size,
+        )
+    out, total = norm(x, weight, residual, gate, eps, norm_before_gate, residual_in_fp32, group_size)
+    return out if total is None else (out, total)
 
 
 def check_arguments(

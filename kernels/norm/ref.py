@@ -1,7 +1,7 @@
 """Reference of `rms_norm`, in plain torch; also its "torch" backend, on any device in any dtype.
 
-RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4), with the residual add in front and the gate of Mamba-2
-(Dao & Gu 2024, arXiv 2405.21060, section 7 and the gated norm of its block):
+RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4), with the residual add in front and the gate of
+Mamba-2 (Dao & Gu 2024, arXiv 2405.21060, section 7 and the gated norm of its block):
 
     s = x + residual                               h = s, or s * silu(gate) unless norm_before_gate
     out = h / sqrt(mean(h^2) + eps) * weight       (* silu(gate) if norm_before_gate)
@@ -19,7 +19,9 @@ from ssm_modal.kernels.checks import state_dtype
 
 
 def residual_dtype(residual: torch.dtype, residual_in_fp32: bool) -> torch.dtype:
-    """The dtype of the returned sum: fp32 (fp64 for an fp64 residual) if asked for, else the residual's own."""
+    """The dtype of the returned sum: fp32 (fp64 for an fp64 residual) if asked for, else the residual's
+    own.
+    """
     return state_dtype(residual) if residual_in_fp32 else residual
 
 
@@ -34,13 +36,15 @@ def rms_norm_ref(
     residual_in_fp32: bool = False,
     group_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As `rms_norm`; sums in fp32, or in fp64 for fp64 inputs. x, residual, gate: (..., dim). weight: (dim,)."""
+    """As `rms_norm`; sums in fp32, or in fp64 for fp64 inputs. x, residual, gate: (..., dim). weight:
+    (dim,).
+    """
     wide = state_dtype(x.dtype)
     h = x.to(wide)
     total = None
     if residual is not None:
-        # What is normalised is the sum as it is returned, rounding included: fused equals unfused to the bit, and
-        # the backward can start from the sum that was kept.
+        # What is normalised is the sum as it is returned, rounding included: fused equals unfused to the bit,
+        # and the backward can start from the sum that was kept.
         total = (h + residual.to(wide)).to(residual_dtype(residual.dtype, residual_in_fp32))
         h = total.to(wide)
     if gate is not None and not norm_before_gate:

@@ -1,0 +1,173 @@
+"""Custom ops that tie the Triton form of `rms_norm` to autograd and to torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ssm_modal.kernels.norm.ref import residual_dtype
+
+torch.library.define(
+    "ssm_modal::rms_norm_fwd",
+    "(Tensor x, Tensor? weight, Tensor? residual, Tensor? gate, float eps, bool norm_before_gate, "
+    "bool residual_in_fp32, int? group_size) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "ssm_modal::rms_norm_bwd",
+    "(Tensor dout, Tensor? dtotal, Tensor s, Tensor? weight, Tensor? gate, Tensor rstd, "
+    "bool norm_before_gate, ScalarType x_dtype, ScalarType? residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    norm_before_gate: bool,
+    residual_in_fp32: bool,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, sum with the residual or None) by Triton on checked arguments, differentiable.
+
+    Where no gradient is recorded, an eager call goes straight to the kernel, past torch's dispatcher.
+    """
+    options = (eps, norm_before_gate, residual_in_fp32, group_size)
+    if not torch.compiler.is_compiling():
+        given = (x, weight, residual, gate)
+        plain = all(t is None or type(t) in _PLAIN for t in given) and _get_current_dispatch_mode() is None
+        if plain and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
+            from ssm_modal.kernels.norm.triton_norm import rms_norm_fwd
+
+            return rms_norm_fwd(x, weight, residual, gate, *options)[:2]
+    out, total, _ = torch.ops.ssm_modal.rms_norm_fwd(x, weight, residual, gate, *options)
+    return out, None if residual is None else total
+
+
+def _fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    norm_before_gate: bool,
+    residual_in_fp32: bool,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ssm_modal.kernels.norm.triton_norm import rms_norm_fwd
+
+    out, total, rstd = rms_norm_fwd(
+        x, weight, residual, gate, eps, norm_before_gate, residual_in_fp32, group_size
+    )
+    # A custom op returns tensors only: an empty one stands for None.
+    return out, x.new_empty(0) if total is None else total, rstd
+
+
+def _fwd_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    norm_before_gate: bool,
+    residual_in_fp32: bool,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = 1 if group_size is None else x.shape[-1] // group_size
+    total = x.new_empty(0)
+    if residual is not None:
+        total = x.new_empty(x.shape, dtype=residual_dtype(residual.dtype, residual_in_fp32))
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape), total, x.new_empty(rows, groups, dtype=torch.float32)
+
+
+def _bwd(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    rstd: Tensor,
+    norm_before_gate: bool,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    from ssm_modal.kernels.norm.triton_norm import rms_norm_bwd
+
+    grads = rms_norm_bwd(dout, dtotal, s, weight, gate, rstd, norm_before_gate, x_dtype, residual_dtype)
+    return tuple(dout.new_empty(0) if g is None else g for g in grads)
+
+
+def _bwd_fake(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    rstd: Tensor,
+    norm_before_gate: bool,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    return (
+        s.new_empty(s.shape, dtype=x_dtype),
+        dout.new_empty(0) if weight is None else weight.new_empty(weight.shape),
+        dout.new_empty(0) if residual_dtype is None else s.new_empty(s.shape, dtype=residual_dtype),
+        dout.new_empty(0) if gate is None else gate.new_empty(gate.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, residual, gate, _, norm_before_gate, _, _ = inputs
+    _, total, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((rstd, total) if residual is None else (rstd,)))
+    ctx.save_for_backward(x if residual is None else total, weight, gate, rstd)
+    ctx.options = (norm_before_gate, x.dtype, None if residual is None else residual.dtype)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dout is None and dtotal is None:
+        return (None,) * 8
+    s, weight, gate, rstd = ctx.saved_tensors
+    norm_before_gate, x_dtype, residual_dtype = ctx.options
+    if dout is None:
+        dout = s.new_zeros(s.shape, dtype=x_dtype)
+    if residual_dtype is None:
+        dtotal = None
+    dx, dweight, dresidual, dgate = torch.ops.ssm_modal.rms_norm_bwd(
+        dout, dtotal, s, weight, gate, rstd, norm_before_gate, x_dtype, residual_dtype
+    )
+    return (
+        dx,
+        None if weight is None else dweight,
+        None if residual_dtype is None else dresidual,
+        None if gate is None else dgate,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "rms_norm has first derivatives only on backend 'triton': a second derivative was asked for "
+        "(backward through a gradient taken with create_graph=True); use backend='torch' for that"
+    )
+
+
+torch.library.impl("ssm_modal::rms_norm_fwd", "default")(_fwd)
+torch.library.impl("ssm_modal::rms_norm_bwd", "default")(_bwd)
+torch.library.register_fake("ssm_modal::rms_norm_fwd")(_fwd_fake)
+torch.library.register_fake("ssm_modal::rms_norm_bwd")(_bwd_fake)
+torch.library.register_autograd("ssm_modal::rms_norm_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("ssm_modal::rms_norm_bwd", _no_double_backward)
