@@ -1,4 +1,4 @@
-"""The selective scan in chunks, in pure torch: backend "torch". Any device, any floating dtype, fp64 included.
+"""The selective scan in chunks, in pure torch: backend "torch". Any device, any floating dtype with fp64.
 
 Time is cut in chunks of at most 64 steps. Given the state that enters it, a chunk is independent of the
 others, so many chunks are worked on at once and the Python loop runs over the steps of one chunk:
@@ -101,8 +101,8 @@ class _Cut:
 class _Rows:
     """The op's inputs in rows, widened.
 
-    dt, x = dt * u: (rows, size, groups, 1, channels). A, A_log2 = A * log2(e), for exp2, on the CPU many times as
-    fast as exp: (groups, d_state, channels). B, C: (rows, size, groups, d_state).
+    dt, x = dt * u: (rows, size, groups, 1, channels). A, A_log2 = A * log2(e): (groups, d_state, channels); on
+    the CPU exp2 is many times as fast as exp. B, C: (rows, size, groups, d_state).
     """
 
     dt: Tensor
@@ -209,7 +209,7 @@ def _last_states(rows: _Rows, drive: Tensor, vector: Tensor, reverse: bool, adjo
 
 def _entering(
     rows: _Rows, cut: _Cut, last: Tensor, initial: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Pass 2: the state entering each chunk, and the one leaving the last chunk of each sequence."""
     decay = torch.exp2(rows.dt.sum(1) * rows.A_log2)
     if cut.table is None:

@@ -1,0 +1,101 @@
+"""One step of the time-invariant scan, for streaming and generation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_modal.kernels.checks import FLOATING, check_dtype, check_shape, state_dtype
+from ssm_modal.kernels.lti.arguments import check_gate, check_system
+from ssm_modal.kernels.lti.chunked import zero_order_hold
+
+OP = "lti_scan_step"
+
+
+def lti_scan_step(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of `lti_scan`: returns (out, new_state), `state` stays untouched. Differentiable by autograd.
+
+    u, z, out: (batch, d_inner). dt, D: (d_inner,). A, B, C: (d_inner, d_state) complex.
+    state: (batch, d_inner, d_state) complex. Dtypes and errors as in `lti_scan`.
+    """
+    _check(u, dt, A, B, C, state, D, z)
+    return _step(u, dt, A, B, C, state, D, z)
+
+
+def lti_scan_step_(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+) -> Tensor:
+    """As `lti_scan_step`, but writes the new state into `state` and returns `out` alone.
+
+    Without autograd: raises RuntimeError where gradients are recorded and any argument requires them.
+    """
+    _check(u, dt, A, B, C, state, D, z)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (u, dt, A, B, C, state, D, z)
+    ):
+        raise RuntimeError(
+            "lti_scan_step_ works in place and records no gradients; call it under torch.no_grad(), "
+            "or lti_scan_step"
+        )
+    out, new = _step(u, dt, A, B, C, state, D, z)
+    state.copy_(new)
+    return out
+
+
+def _step(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    wide = state_dtype(u.dtype)
+    inputs = u.to(wide)
+    drive = zero_order_hold(dt, A) * B * inputs.unsqueeze(-1)
+    new = torch.addcmul(drive, torch.exp(dt.unsqueeze(-1) * A), state)
+    y = 2 * (C * new).sum(-1).real
+    if D is not None:
+        y = y + D * inputs
+    if z is not None:
+        y = y * F.silu(z.to(wide))
+    return y.to(u.dtype), new
+
+
+def _check(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+) -> None:
+    check_shape(OP, "u", u, ("batch", "d_inner"), "(batch, d_inner)")
+    check_dtype(OP, "u", u, FLOATING)
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{OP}: state must be a tensor, got {type(state).__name__}")
+    check_system(OP, u, dt, A, B, C, D, "state", state, u.shape[0], "batch")
+    check_gate(OP, u, z)
