@@ -9,7 +9,7 @@
 
 A sequence longer than `segment` is cut up, and the state that the model returns for one segment enters the
 next, so that what a length needs beside the ids is what one segment needs. The model is either one of this
-package (`hidden` and `head`: logits are computed at labelled positions alone) or any module whose
+package (`hidden` and `logits`: these are computed at labelled positions alone) or any module whose
 `model(ids, state)` returns `(logits, state)`.
 """
 
@@ -90,21 +90,15 @@ class LengthResult:
     note: str = ""
 
 
-def labelled_logits(model: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, vocab) and labels (n,) at the n labelled positions; hidden: (batch, length, d_model)."""
-    at = labels != IGNORE
-    return model.head(hidden[at]), labels[at]  # type: ignore[operator]
-
-
 def _answers(
     model: nn.Module, ids: Tensor, state: Any, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor | None, Any]:
     """What the model predicts at (rows, columns) of a segment, None where there are none; and its state."""
-    if hasattr(model, "hidden") and hasattr(model, "head"):
+    if hasattr(model, "hidden") and hasattr(model, "logits"):
         hidden, state = model.hidden(ids, state)
         if not len(rows):
             return None, state
-        return model.head(hidden[rows, columns]).argmax(-1), state
+        return model.logits(hidden[rows, columns]).argmax(-1), state
     logits, state = model(ids, state)
     return (logits[rows, columns].argmax(-1) if len(rows) else None), state
 

@@ -22,7 +22,6 @@ from ssm_modal.tasks.lengths import (
     SEGMENT,
     LengthResult,
     count_right,
-    evaluate_lengths,
     evaluate_setting,
     print_table,
     write_results,
@@ -35,10 +34,10 @@ class SyntheticTask(TrainingTask):
     """Learn to predict the labelled positions of sequences, and measure accuracy at many lengths.
 
     Logits are computed at labelled positions only. Validation logs `val/loss` and `val/accuracy` at the
-    trained length, and `val/accuracy_<length>` at every other length that the data module validates. After
-    training and by `ssm-modal test` every test setting of the data module is run, long sequences streamed
-    through the state (see `ssm_modal.tasks.lengths`), and the run's folder gets `lengths.csv`,
-    `lengths_details.csv` and `lengths.png`.
+    trained length, `val/accuracy_<length>` at every other length that the data module validates, and the
+    least of them as `val/accuracy_min`. A test (`ssm-modal test`, or `fit` when it has ended) goes through
+    every test setting of the data module, long sequences streamed through the state (see
+    `ssm_modal.tasks.lengths`); the run's folder gets `lengths.csv`, `lengths_details.csv` and `lengths.png`.
 
     The data module must give what `SyntheticDataModule` gives: `length`, `chance`, `test_settings` and
     `test_batch`.
@@ -48,7 +47,6 @@ class SyntheticTask(TrainingTask):
         stop_at: end the training once every validated accuracy has been at least this (0 to 1) at
             `stop_checks` validations running; None trains to `trainer.max_steps`.
         stop_checks: see `stop_at`.
-        test_after_fit: run the lengths after training.
         segment: tokens of a sequence that go through the model at once in tests and validation.
         tokens_in_flight: tokens of a test batch that go through the model at once; None: 2^14 on a CPU, 2^19
             on CUDA.
@@ -65,7 +63,6 @@ class SyntheticTask(TrainingTask):
         init_part: Literal["all", "backbone"] = "all",
         stop_at: float | None = None,
         stop_checks: int = 2,
-        test_after_fit: bool = True,
         segment: int = SEGMENT,
         tokens_in_flight: int | None = None,
         max_length: int | None = None,
@@ -82,7 +79,6 @@ class SyntheticTask(TrainingTask):
                 raise ValueError(f"{name} is {value}, expected at least 1")
         super().__init__(model, overrides, optimizer, schedule, init_from, init_part)
         self.stop_at, self.stop_checks = stop_at, stop_checks
-        self.test_after_fit = test_after_fit
         self.segment, self.tokens_in_flight, self.max_length = segment, tokens_in_flight, max_length
         self.results: list[LengthResult] = []
         self._checks_passed = 0
@@ -136,14 +132,17 @@ class SyntheticTask(TrainingTask):
     def _labelled_logits(self, batch: Mapping[str, Any]) -> Tensor:
         model: Any = self.model
         hidden, _ = model.hidden(batch["ids"])
-        return model.head(hidden[batch["rows"], batch["columns"]])
+        return model.logits(hidden[batch["rows"], batch["columns"]])
+
+    def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
+        """The least validated accuracy."""
+        return {"accuracy_min": _least_accuracy(means)} if stage == "val" else {}
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if self.stop_at is None or self.trainer.sanity_checking or self.trainer.state.fn != "fit":
             return
-        accuracies = [v for name, v in self.reduce_totals().items() if name.startswith("accuracy")]
-        passed = bool(accuracies) and min(accuracies) >= self.stop_at
+        passed = _least_accuracy(self.reduce_totals()) >= self.stop_at
         self._checks_passed = self._checks_passed + 1 if passed else 0
         if self._checks_passed >= self.stop_checks:
             self.trainer.should_stop = True
@@ -165,13 +164,6 @@ class SyntheticTask(TrainingTask):
             "rank": int(self.trainer.global_rank),
             "world": int(self.trainer.world_size),
         }
-
-    def on_train_end(self) -> None:
-        if not self.test_after_fit or self.trainer.fast_dev_run:
-            return
-        with self.trainer.precision_plugin.forward_context():
-            self.results = evaluate_lengths(self.model, self.data, **self._length_options())
-        self._report()
 
     def on_test_epoch_start(self) -> None:
         super().on_test_epoch_start()
@@ -210,3 +202,7 @@ class SyntheticTask(TrainingTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._checks_passed = int(checkpoint.get(_CHECKPOINT_KEY, {}).get("checks_passed", 0))
+
+
+def _least_accuracy(means: Mapping[str, float]) -> float:
+    return min((v for name, v in means.items() if name.startswith("accuracy")), default=0.0)
