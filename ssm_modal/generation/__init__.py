@@ -1,0 +1,9 @@
+"""Generation: reading the prompts, the step loop, sampling."""
+
+from __future__ import annotations
+
+from ssm_modal.generation.config import GenerationConfig
+from ssm_modal.generation.loop import CausalModel, GenerationResult, generate, prefill
+from ssm_modal.generation.stopping import StopMatcher
+
+__all__ = ["CausalModel", "GenerationConfig", "GenerationResult", "StopMatcher", "generate", "prefill"]
