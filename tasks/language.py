@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -29,11 +29,11 @@ class LanguageModelling(TrainingTask):
         stream: when to take the streamed loss beside the loss over windows: the whole text in one pass with
             the state carried, so that every token is predicted from all text before it. "off", "validate"
             (each validation) or "test" (`ssm-modal test`, and after training). Needs a data module with
-            `stream(split)`, the ids of "validation" or "test" (tokens,).
-        stream_segment: tokens that go through the model at once in the streamed pass.
+            `stream(split)`: the ids of "validation" or "test" (tokens,), or batches of one row in order.
+        stream_segment: tokens that go through the model at once, where `stream` gives ids.
 
     Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a token, the mean over all targets),
-    `perplexity`, `bits_per_byte` where the data module has a tokenizer, and `stream_loss` and
+    `perplexity`, `bits_per_byte` where the data module has `bytes_per_token(split)`, and `stream_loss` and
     `stream_bits_per_byte` of the streamed pass.
     """
 
@@ -54,7 +54,6 @@ class LanguageModelling(TrainingTask):
         if stream_segment < 1:
             raise ValueError(f"stream_segment is {stream_segment}, expected 1 or more")
         self.stream, self.stream_segment = stream, stream_segment
-        self._bytes: dict[str, float | None] = {}
 
     def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
         return StepOutput(*token_loss(self.logits(batch), batch["labels"]))
@@ -81,21 +80,30 @@ class LanguageModelling(TrainingTask):
         Memory does not grow with the text for a state-space model; a Transformer's cache does. Every process
         computes the same value.
         """
-        ids = self._stream_ids(split)
-        if ids is None:
-            raise ValueError(
-                f"stream is {self.stream!r}, but {type(self._datamodule).__name__} has no stream(split) that "
-                "gives the ids of a split; set stream: off"
-            )
         total, count, state = 0.0, 0, None
-        last = ids.shape[0] - 1
-        for start in range(0, last, self.stream_segment):
-            stop = min(start + self.stream_segment, last)
-            window = ids[start : stop + 1].to(self.device, torch.int64)[None]
-            logits, state = self.model(window[:, :-1], state)
-            nats, targets = token_loss(logits, window[:, 1:])
+        for ids, labels in self._segments(split):
+            logits, state = self.model(ids.to(self.device), state)
+            nats, targets = token_loss(logits, labels.to(self.device))
             total, count = total + float(nats), count + int(targets)
         return total / count if count else math.nan
+
+    def _segments(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The text of `split` in order as ids and labels (1, segment)."""
+        ask = getattr(self._datamodule, "stream", None)
+        if ask is None:
+            raise ValueError(
+                f"stream is {self.stream!r}, but {type(self._datamodule).__name__} has no stream(split) that "
+                "gives a split in order; set stream: off"
+            )
+        source = ask(split)
+        if not isinstance(source, Tensor):
+            for batch in source:
+                yield batch["ids"], batch["labels"]
+            return
+        last = source.shape[0] - 1
+        for start in range(0, last, self.stream_segment):
+            window = source[start : min(start + self.stream_segment, last) + 1].to(torch.int64)[None]
+            yield window[:, :-1], window[:, 1:]
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """`ids`, `labels` and `nats`, all (batch, length) on the host: the loss of each target, 0 where none is."""
@@ -109,23 +117,10 @@ class LanguageModelling(TrainingTask):
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
 
-    def _stream_ids(self, split: str) -> Tensor | None:
-        ask = getattr(self._datamodule, "stream", None)
-        ids = ask(split) if ask is not None else None
-        return ids if isinstance(ids, Tensor) and ids.ndim == 1 else None
-
     def _bytes_per_token(self, split: str) -> float | None:
         """Bytes of text that a token of `split` stands for on average; None where the data does not say."""
-        if split not in self._bytes:
-            decode = getattr(getattr(self._datamodule, "tokenizer", None), "decode", None)
-            ids = self._stream_ids(split)
-            if decode is None or ids is None or not len(ids):
-                self._bytes[split] = None
-            else:
-                # A large text's share is as good as the whole and quicker.
-                part = ids[: 1 << 20].to(torch.int64).tolist()
-                self._bytes[split] = len(decode(part).encode("utf-8", "replace")) / len(part)
-        return self._bytes[split]
+        ask = getattr(self._datamodule, "bytes_per_token", None)
+        return float(ask(split)) if callable(ask) else None
 
 
 def _exp(nats: float) -> float:

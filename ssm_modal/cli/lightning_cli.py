@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,10 +23,13 @@ from ssm_modal.cli.checkpoint_io import AtomicCheckpointIO
 from ssm_modal.cli.configs import find_config
 from ssm_modal.cli.csv_logger import CsvLogger
 from ssm_modal.cli.run_folder import RunFolder, given_option, seeded_run_dir
+from ssm_modal.cli.suggest import check_keys, merged, option_tree, read_yaml
 from ssm_modal.errors import ConfigError
 from ssm_modal.io.atomic import atomic_write
 
 COMMANDS = ("fit", "validate", "test", "predict")
+
+DEFAULT_SEED = 0
 
 # What differs from Lightning's defaults: a run is counted in optimizer steps, over an endless stream of batches.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -67,6 +69,7 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        quieten()
         self.given = list(args)
         self.resume_from: Path | None = None
         super().__init__(
@@ -76,7 +79,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
+            seed_everything_default=DEFAULT_SEED,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs={
@@ -98,7 +101,29 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self._check_names(args)
         self.config = parser.parse_args(args)
+
+    def _check_names(self, args: Sequence[str]) -> None:
+        """Raise ConfigError for a key in a config file or an option that nothing takes."""
+        command = args[0] if args and args[0] in COMMANDS else None
+        if command is None:
+            return
+        valid = [action.dest for action in self._subcommand_parsers[command]._actions]
+        config: dict[str, Any] = {}
+        for path in _config_files(args):
+            content = read_yaml(path)
+            check_keys(content, valid, str(path))
+            config = merged(config, content)
+        options = option_tree(args[1:])
+        for name in ("help", "config", "c", "print_config"):
+            options.pop(name, None)
+        # What an option may set depends on the class that the files, or another option, name.
+        for key in ("model", "data"):
+            named = config.get(key)
+            if isinstance(options.get(key), dict) and isinstance(named, dict) and "class_path" in named:
+                options[key] = {"class_path": named["class_path"], **options[key]}
+        check_keys(options, valid, "the command line")
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI would read the model's arguments out of the checkpoint; here the config says what the model
@@ -111,7 +136,6 @@ class TrainingCLI(LightningCLI):
         return self.config[self.subcommand]
 
     def before_instantiate_classes(self) -> None:
-        quieten()
         settings = self.settings
         if not isinstance(settings.seed_everything, int) or isinstance(settings.seed_everything, bool):
             raise ConfigError(f"seed_everything is {settings.seed_everything}, expected an integer")
@@ -192,6 +216,9 @@ class TrainingCLI(LightningCLI):
         if self.trainer.fast_dev_run:
             return
         if rank_zero_only.rank == 0:
+            # Data that is not there must not cost an earlier run its place.
+            if self.datamodule is not None:
+                self.datamodule.prepare_data()
             if self.resume_from is None:
                 aside = self.folder.move_aside()
                 if aside is not None:
@@ -229,7 +256,10 @@ class TrainingCLI(LightningCLI):
         if self.settings.test_after_fit and _has_test(self.model, self.datamodule):
             best = self.folder.checkpoint_for_evaluation()
             say(f"testing {best}")
-            self.report("test", self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False))
+            metrics = self.trainer.test(
+                self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False
+            )
+            self.report("test", metrics)
 
     def validate(self, **kwargs: Any) -> None:
         self.report("validate", self.trainer.validate(**{**kwargs, "verbose": False}))
@@ -284,6 +314,9 @@ def quieten() -> None:
 
 
 def _has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
+    # A task with a `test_after_fit` of its own tests itself when training ends.
+    if hasattr(model, "test_after_fit"):
+        return False
     return is_overridden("test_step", model) and data is not None and is_overridden("test_dataloader", data)
 
 
@@ -299,11 +332,9 @@ def _config_files(args: Sequence[str]) -> list[str]:
 
 def _config_seed(args: Sequence[str]) -> Any:
     """`seed_everything` as the config files say, or the default."""
-    seed: Any = 0
+    seed: Any = DEFAULT_SEED
     for name in _config_files(args):
-        content = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))
-        if isinstance(content, dict) and "seed_everything" in content:
-            seed = content["seed_everything"]
+        seed = read_yaml(find_config(name)).get("seed_everything", seed)
     return seed
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import ssm_modal
 from ssm_modal.cli.suggest import usage_message
-from ssm_modal.errors import ConfigError
+from ssm_modal.errors import ConfigError, nearest
 
 TRAINING = {
     "fit": "train a model as a config says",
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         command = f" {args[0]}" if args and args[0] in {**TRAINING, **BESIDE} else ""
-        usage = usage_message(error, args)
+        usage = usage_message(error)
         message = usage if usage is not None else _message(error)
         print(f"ssm-modal{command}: error: {message}", file=sys.stderr)
         return 2 if usage is not None or isinstance(error, ConfigError) else 1
@@ -82,8 +82,6 @@ def _dispatch(args: list[str]) -> int:
         parser = argparse.ArgumentParser(f"ssm-modal {command}", description=BESIDE[command])
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(rest)))
-    from ssm_modal.errors import nearest
-
     raise ConfigError(f"no command is called {command!r}: {nearest(command, {**TRAINING, **BESIDE})}")
 
 
