@@ -19,8 +19,6 @@ from ssm_modal.io.text import expand_path, iter_text, text_files
 from ssm_modal.tokenizers import TextTokenizer, build_tokenizer, load_tokenizer
 
 IGNORE = -100
-# Tokens decoded at once to count their bytes.
-_COUNT_TOKENS = 1 << 16
 Layout = Literal["windows", "packed"]
 
 
@@ -147,7 +145,6 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: training windows a batch of each process.
         eval_length: tokens a validation or test window; None: `length`.
         eval_batch_size: windows a validation or test batch; None: `batch_size`.
-        stream_length: tokens at once of the streamed loss (`stream`).
         val_fraction: the last part of each document that is kept for validation: of n tokens the first
             `int(n * (1 - val_fraction))` are trained on. Not used when `val_path` is given.
         val_path: a file or folder of its own for validation.
@@ -173,7 +170,6 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: int = 16,
         eval_length: int | None = None,
         eval_batch_size: int | None = None,
-        stream_length: int = 4096,
         val_fraction: float = 0.1,
         val_path: str | None = None,
         test_path: str | None = None,
@@ -185,7 +181,7 @@ class TextDataModule(pl.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"length": length, "batch_size": batch_size, "stream_length": stream_length}
+        sizes = {"length": length, "batch_size": batch_size}
         sizes |= {"eval_length": eval_length or length, "eval_batch_size": eval_batch_size or batch_size}
         for name, value in {**sizes, "eval_length": eval_length, "eval_batch_size": eval_batch_size}.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -199,7 +195,6 @@ class TextDataModule(pl.LightningDataModule):
         self.path, self.val_path, self.test_path = path, val_path, test_path
         self.length, self.batch_size = sizes["length"], sizes["batch_size"]
         self.eval_length, self.eval_batch_size = sizes["eval_length"], sizes["eval_batch_size"]
-        self.stream_length = stream_length
         self.val_fraction = 0.0 if val_path is not None else val_fraction
         self.layout: Layout = layout
         self.suffixes = tuple(suffixes)
@@ -208,7 +203,6 @@ class TextDataModule(pl.LightningDataModule):
         self._spec = tokenizer
         self._tokenizer: TextTokenizer | None = None
         self._splits: dict[str, tuple[IdCorpus, str]] = {}
-        self._bytes_per_token: dict[str, float] = {}
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -234,34 +228,13 @@ class TextDataModule(pl.LightningDataModule):
             if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
                 self._save_tokenizer(Path(trainer.default_root_dir) / "tokenizer.json")
 
-    def ids(self, split: str) -> Tensor:
-        """All ids of `split` ("train", "val" or "test"), (tokens,), mapped from the disk.
+    def stream(self, split: str) -> Tensor:
+        """All ids of `split` ("train", "validation" or "test"), (tokens,), mapped from the disk.
 
         The dtype is the narrowest that holds the vocabulary: take slices with `.to(torch.int64)`.
         """
         corpus, name = self._split(split)
         return corpus.split(name).ids
-
-    def stream(self, split: str) -> Iterator[dict[str, Tensor]]:
-        """All of `split` in order, in batches of one row, `ids`, `labels` (1, up to `stream_length`).
-
-        For a loss with the state carried from each batch to the next: each token but the first is predicted
-        once (with layout "packed", each but the first of its document).
-        """
-        corpus, name = self._split(split)
-        batches = TextBatches(corpus, name, self.stream_length, 1, self.layout)
-        for index in range(batches.n_batches):
-            batch = batches.make_evaluation(index, 0, 1)
-            keep = min(self.stream_length, batches.tokens - 1 - index * self.stream_length)
-            yield {"ids": batch["ids"][:, :keep], "labels": batch["labels"][:, :keep]}
-
-    def bytes_per_token(self, split: str) -> float:
-        """Bytes of UTF-8 text that a token of `split` stands for, on average over the split."""
-        if split not in self._bytes_per_token:
-            ids = self.ids(split)
-            total = sum(self.tokenizer.count_bytes(piece) for piece in ids.split(_COUNT_TOKENS))
-            self._bytes_per_token[split] = total / ids.shape[0]
-        return self._bytes_per_token[split]
 
     def train_dataloader(self) -> ResumableLoader:
         batches = self.batches("train")
@@ -272,7 +245,7 @@ class TextDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> ResumableLoader | list[Any]:
         # Without a validation split there is nothing to validate on; Lightning skips an empty list.
         self._prepare()
-        return self._evaluation("val") if "val" in self._splits else []
+        return self._evaluation("validation") if "validation" in self._splits else []
 
     def test_dataloader(self) -> ResumableLoader:
         return self._evaluation("test")
@@ -316,13 +289,13 @@ class TextDataModule(pl.LightningDataModule):
         main = self._corpus("path", self.path, self.val_fraction)
         splits = {"train": (main, "train")}
         if self.val_path is not None:
-            splits["val"] = (self._corpus("val_path", self.val_path, 0.0), "train")
+            splits["validation"] = (self._corpus("val_path", self.val_path, 0.0), "train")
         elif self.val_fraction > 0:
-            splits["val"] = (main, "validation")
+            splits["validation"] = (main, "validation")
         if self.test_path is not None:
             splits["test"] = (self._corpus("test_path", self.test_path, 0.0), "train")
-        elif "val" in splits:
-            splits["test"] = splits["val"]
+        elif "validation" in splits:
+            splits["test"] = splits["validation"]
         self._splits = splits
 
     def _corpus(self, name: str, path: str, val_fraction: float) -> IdCorpus:
@@ -356,8 +329,8 @@ class TextDataModule(pl.LightningDataModule):
 
     def _split(self, split: str) -> tuple[IdCorpus, str]:
         self._prepare()
-        if split not in ("train", "val", "test"):
-            raise ValueError(f'split is {split!r}, expected "train", "val" or "test"')
+        if split not in ("train", "validation", "test"):
+            raise ValueError(f'split is {split!r}, expected "train", "validation" or "test"')
         if split not in self._splits:
             raise ValueError(
                 f"there is no {split} split: val_fraction is 0 and neither val_path nor test_path is given"

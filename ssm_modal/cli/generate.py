@@ -202,7 +202,7 @@ def _device(name: str) -> torch.device:
 
 
 class _Printer:
-    """Prints the texts: a single one piece by piece, several in whole lines, each with its prompt's number."""
+    """Prints the texts: a single one piece by piece, several in lines numbered by prompt."""
 
     def __init__(self, prompts: list[str], out: TextIO, stream: bool) -> None:
         self._out, self._stream = out, stream

@@ -47,24 +47,24 @@ def documents(tmp_path: Path, texts: list[str]) -> str:
 
 def test_first_nine_tenths_train_and_the_rest_validates(tmp_path: Path) -> None:
     data = module(tmp_path)
-    assert bytes(data.ids("train").tolist()).decode() == TEXT[:900]
-    assert bytes(data.ids("val").tolist()).decode() == TEXT[900:]
-    assert data.ids("test").tolist() == data.ids("val").tolist()
+    assert bytes(data.stream("train").tolist()).decode() == TEXT[:900]
+    assert bytes(data.stream("validation").tolist()).decode() == TEXT[900:]
+    assert data.stream("test").tolist() == data.stream("validation").tolist()
     assert data.vocab_size == 256
 
 
 def test_the_last_part_of_each_file_validates(tmp_path: Path) -> None:
     path = documents(tmp_path, ["a" * 10 + "b" * 10, "c" * 5 + "d" * 5])
     data = module(tmp_path, path=path, val_fraction=0.5, length=4)
-    assert bytes(data.ids("train").tolist()) == b"a" * 10 + b"c" * 5
-    assert bytes(data.ids("val").tolist()) == b"b" * 10 + b"d" * 5
+    assert bytes(data.stream("train").tolist()) == b"a" * 10 + b"c" * 5
+    assert bytes(data.stream("validation").tolist()) == b"b" * 10 + b"d" * 5
 
 
 @pytest.mark.parametrize("layout", ["windows", "packed"])
 @pytest.mark.parametrize("eval_length", [1, 7, 33, 99, 100, 1000])
 def test_validation_predicts_every_token_once(tmp_path: Path, layout: str, eval_length: int) -> None:
     data = module(tmp_path, layout=layout, eval_length=eval_length, eval_batch_size=3)
-    stream = data.ids("val").to(torch.int64)
+    stream = data.stream("validation").to(torch.int64)
     loader = data.val_dataloader()
     predicted = []
     for batch in loader:
@@ -84,25 +84,6 @@ def test_validation_predicts_every_token_once(tmp_path: Path, layout: str, eval_
             predicted += list(zip(ids[keep].tolist(), labels[keep].tolist()))
     assert predicted == list(zip(stream[:-1].tolist(), stream[1:].tolist()))
     assert len(loader) == math.ceil(math.ceil(99 / eval_length) / 3)
-
-
-@pytest.mark.parametrize("stream_length", [1, 7, 50, 99, 100, 5000])
-def test_stream_is_the_whole_text_in_order(tmp_path: Path, stream_length: int) -> None:
-    data = module(tmp_path, stream_length=stream_length)
-    batches = list(data.stream("val"))
-    assert all(b["ids"].shape == b["labels"].shape == (1, b["ids"].shape[1]) for b in batches)
-    assert max(b["ids"].shape[1] for b in batches) == min(stream_length, 99)
-    tokens = data.ids("val").to(torch.int64).tolist()
-    assert torch.cat([b["ids"][0] for b in batches]).tolist() == tokens[:-1]
-    assert torch.cat([b["labels"][0] for b in batches]).tolist() == tokens[1:]
-
-
-def test_bytes_per_token(tmp_path: Path) -> None:
-    path = documents(tmp_path, ["aaaa€€", "ää"])
-    assert module(tmp_path, path=path, val_path=path).bytes_per_token("val") == 1.0
-    assert module(tmp_path, path=path, val_path=path, tokenizer="char").bytes_per_token("val") == 14 / 8
-    # 14 bytes and two ends of text, which stand for none.
-    assert module(tmp_path, path=path, val_path=path, tokenizer="byte+eos").bytes_per_token("val") == 14 / 16
 
 
 def test_training_windows_are_the_text_and_reach_all_of_it(tmp_path: Path) -> None:
@@ -170,7 +151,7 @@ def test_documents_end_with_the_end_of_text_id(tmp_path: Path) -> None:
     path = documents(tmp_path, ["abc", "de"])
     data = module(tmp_path, path=path, val_path=path, tokenizer="byte+eos", layout="packed", length=3)
     (batch,) = list(data.val_dataloader())
-    assert data.ids("train").to(torch.int64).tolist() == [97, 98, 99, 256, 100, 101, 256]
+    assert data.stream("train").to(torch.int64).tolist() == [97, 98, 99, 256, 100, 101, 256]
     assert batch["ids"].tolist() == [[97, 98, 99, 256, 100, 101]]
     # The end is predicted, but not from the end the next document's first token.
     assert batch["labels"].tolist() == [[98, 99, 256, -100, 101, 256]]
@@ -182,9 +163,9 @@ def test_characters_of_all_texts_make_the_vocabulary(tmp_path: Path) -> None:
     other.write_text("xyz9876")
     data = module(tmp_path, tokenizer="char", val_path=str(other))
     assert data.vocab_size == 13
-    assert data.tokenizer.decode(data.ids("train")[:12].to(torch.int64)) == TEXT[:12]
-    assert data.ids("train").shape == (1000,)  # with val_path nothing is cut off
-    assert data.tokenizer.decode(data.ids("val").to(torch.int64)) == "xyz9876"
+    assert data.tokenizer.decode(data.stream("train")[:12].to(torch.int64)) == TEXT[:12]
+    assert data.stream("train").shape == (1000,)  # with val_path nothing is cut off
+    assert data.tokenizer.decode(data.stream("validation").to(torch.int64)) == "xyz9876"
 
 
 def test_workers_and_resumed_runs_get_the_same_batches(tmp_path: Path) -> None:
@@ -278,7 +259,6 @@ def test_bad_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for options, word in (
         ({"length": 0}, "length is 0, expected a whole number of 1 or more"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
-        ({"stream_length": 0}, "stream_length is 0"),
         ({"eval_length": 0}, "eval_length is 0"),
         ({"eval_batch_size": -1}, "eval_batch_size is -1"),
         ({"layout": "rows"}, "layout is 'rows'"),
@@ -290,11 +270,11 @@ def test_bad_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r"the train split of '.*' holds 900 tokens, expected at least 901"):
         module(tmp_path, length=900).batches("train")
     assert module(tmp_path, length=899).batches("train").make_training(0, 0, 1)["ids"].shape == (4, 899)
-    with pytest.raises(ValueError, match="there is no val split: val_fraction is 0"):
-        module(tmp_path, val_fraction=0.0).batches("val")
+    with pytest.raises(ValueError, match="there is no validation split: val_fraction is 0"):
+        module(tmp_path, val_fraction=0.0).batches("validation")
     assert module(tmp_path, val_fraction=0.0).val_dataloader() == []
     with pytest.raises(ValueError, match="split is 'valid'"):
-        module(tmp_path).ids("valid")
+        module(tmp_path).stream("valid")
     with pytest.raises(FileNotFoundError, match=r"val_path is '.*gone'"):
         module(tmp_path, val_path=str(tmp_path / "gone")).prepare_data()
     (tmp_path / "zero.txt").write_bytes(b"ab\0")
@@ -304,7 +284,7 @@ def test_bad_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="the environment variable SSM_MODAL_DATA is not set"):
         module(tmp_path, path="$SSM_MODAL_DATA/text").prepare_data()
     monkeypatch.setenv("SSM_MODAL_DATA", str(tmp_path))
-    assert module(tmp_path, path="${SSM_MODAL_DATA}/text.txt").ids("train").shape == (900,)
+    assert module(tmp_path, path="${SSM_MODAL_DATA}/text.txt").stream("train").shape == (900,)
 
 
 def test_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
