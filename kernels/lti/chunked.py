@@ -1,30 +1,33 @@
-"""The time-invariant scan in pure torch, differentiable by autograd: any device, any floating dtype with fp64.
+"""The time-invariant scan in pure torch: any device, any floating dtype with fp64.
 
 Because nothing depends on time, a chunk of T steps is a convolution with the kernel
 
     K_j = 2 Re(sum_n C_n B_bar_n exp(w_n j)),    w = dt A,
 
 (arXiv 2206.11893, section 3.2) plus what the entering state gives, 2 Re(sum_n C_n exp(w_n (j + 1)) x_n). A
-whole sequence of up to 2^15 steps is one chunk and one FFT convolution where neither a state enters nor one is
-asked for. Otherwise the states that leave the chunks from zero come from one product over time, and the carry
-over chunks takes about the square root of their number of steps.
+whole sequence of up to 2^15 steps is one chunk and one FFT convolution where neither a state enters nor one
+is asked for. Otherwise the states that leave the chunks from zero come from one product over time, and the
+carry over chunks takes about the square root of their number of steps.
 
-Exponentials are tables of exp(w a T') exp(w b) for j = a T' + b. Their phases are computed in fp64 (fp32 phases
-of thousands of radians would lose the digits), at the cost of about sqrt(T) exponentials.
+Exponentials are tables of exp(w a T') exp(w b) for j = a T' + b. Their phases are computed in fp64 (fp32
+phases of thousands of radians would lose the digits), at the cost of about sqrt(T) exponentials.
 
 Layout inside: (d_inner, rows, steps), a row a chunk. A chunk that is shorter than T stands at the left end of
 its row or at the right end: at the left its first step is step 0, at the right its last step is step T - 1.
-What counts steps from the entry of a chunk is computed at the one end, what counts from its exit at the other.
+What counts steps from the entry of a chunk is computed at the one end, what counts from its exit at the
+other.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ssm_modal.kernels.checks import complex_dtype, state_dtype
 from ssm_modal.kernels.scan.carry import carry_entering
@@ -146,11 +149,39 @@ def _convolve(rows: Tensor, kernel: Tensor, reverse: bool) -> Tensor:
             lag = -lag
         toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)
         return torch.bmm(rows, toeplitz)
-    n = _fft_length(2 * size - 1)
-    spectrum = torch.fft.rfft(kernel, n=n)
-    if reverse:
-        spectrum = spectrum.conj()
-    return torch.fft.irfft(torch.fft.rfft(rows, n=n) * spectrum.unsqueeze(1), n=n)[..., :size]
+    return _FFTConvolution.apply(rows, kernel, reverse)
+
+
+class _FFTConvolution(torch.autograd.Function):
+    """`_convolve` through FFTs. Its own backward, for that of `rfft` is a complex FFT of twice the work.
+
+    The gradient of the kernel is summed over rows before its inverse FFT.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, kernel: Tensor, reverse: bool) -> Tensor:
+        size = rows.shape[-1]
+        n = _fft_length(2 * size - 1)
+        weight, spectrum = torch.fft.rfft(kernel, n=n).unsqueeze(1), torch.fft.rfft(rows, n=n)
+        ctx.save_for_backward(weight, spectrum)
+        ctx.sizes = (size, n, reverse)
+        return torch.fft.irfft(spectrum * (weight.conj() if reverse else weight), n=n)[
+            ..., :size
+        ].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, spectrum = ctx.saved_tensors
+        size, n, reverse = ctx.sizes
+        grad = torch.fft.rfft(dy, n=n)
+        drows = dkernel = None
+        if ctx.needs_input_grad[0]:
+            drows = torch.fft.irfft(grad * (weight if reverse else weight.conj()), n=n)[..., :size]
+        if ctx.needs_input_grad[1]:
+            one, other = (spectrum, grad) if reverse else (grad, spectrum)
+            dkernel = torch.fft.irfft((one * other.conj()).sum(1), n=n)[..., :size]
+        return drows, dkernel, None
 
 
 def _fft_length(n: int) -> int:

@@ -101,8 +101,8 @@ class _Cut:
 class _Rows:
     """The op's inputs in rows, widened.
 
-    dt, x = dt * u: (rows, size, groups, 1, channels). A, A_log2 = A * log2(e): (groups, d_state, channels); on
-    the CPU exp2 is many times as fast as exp. B, C: (rows, size, groups, d_state).
+    dt, x = dt * u: (rows, size, groups, 1, channels). A, A_log2 = A * log2(e): (groups, d_state, channels),
+    as exp2 is many times faster than exp on the CPU. B, C: (rows, size, groups, d_state).
     """
 
     dt: Tensor

@@ -193,7 +193,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(boundaries)
     ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, boundaries)
     ctx.options = (softplus, list(lengths), reverse, backend)
-    ctx.out_like = output[0].shape
 
 
 def _backward(
