@@ -524,9 +524,7 @@ def test_step_errors() -> None:
     x, weight, state = given["x"][:, 0], given["weight"], given["initial_state"]
     with pytest.raises(ValueError, match=r"causal_conv1d_step: x has shape \(2, 5, 3\)"):
         causal_conv1d_step(given["x"], weight, None, state)
-    with pytest.raises(
-        ValueError, match=r"causal_conv1d_step_: state has shape \(1, 3, 3\), expected \(2, 3, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"causal_conv1d_step_: state has shape \(1, 3, 3\), expected"):
         causal_conv1d_step_(x, weight, None, state[:1])
     with pytest.raises(ValueError, match="activation is 'relu'"):
         causal_conv1d_step(x, weight, None, state, activation="relu")
