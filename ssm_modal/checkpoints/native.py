@@ -122,8 +122,8 @@ def _read_folder(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         )
     if document.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {document.get('format_version')!r}, expected {FORMAT_VERSION}; it was written "
-            "by another version of the package"
+            f"{path} has format_version {document.get('format_version')!r}, expected {FORMAT_VERSION}; "
+            "it was written by another version of the package"
         )
     if not isinstance(document.get("config"), dict):
         raise CheckpointError(f"{path} has no model config under the key 'config'")

@@ -18,14 +18,13 @@ from ssm_modal.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
-# The configs that have a `type`. (Not a class variable: beside `type`, its annotation could not be evaluated.)
+# The configs that have a `type`. Not a class variable: beside `type` its annotation could not be evaluated.
 _TAGGED: dict[str, type[Config]] = {}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Base of all configs. A concrete subclass with a `type` is found by that string wherever a base is
-    expected."""
+    """Base of all configs. A subclass with a `type` is found by that string wherever a base is expected."""
 
     type: ClassVar[str] = ""
 
@@ -267,26 +266,34 @@ def _set(config: T, paths: list[tuple[str, ...]], value: Any) -> T:
     return config
 
 
-def _replace_at(at: Any, parent: tuple[str, ...], values: Mapping[str, Any]) -> Any:
-    """`at` with fields (or tuple entries) of the config at `parent` replaced."""
-    if parent:
-        name, rest = parent[0], parent[1:]
-        if isinstance(at, tuple):
-            i = int(name)
-            return (*at[:i], _replace_at(at[i], rest, values), *at[i + 1 :])
-        return dataclasses.replace(at, **{name: _replace_at(getattr(at, name), rest, values)})
+def _replace_at(at: Any, parent: tuple[str, ...], values: Mapping[str, Any], hint: Any = None) -> Any:
+    """`at` (annotated as `hint`) with fields, or tuple entries, of what stands at `parent` replaced."""
     if isinstance(at, tuple):
+        entry_hint = _entry_hint(hint)
         entries = list(at)
-        for index, value in values.items():
-            entries[int(index)] = _merge(type(entries[int(index)]), entries[int(index)], value, index)
+        if parent:
+            i = int(parent[0])
+            entries[i] = _replace_at(entries[i], parent[1:], values, entry_hint)
+        else:
+            for index, value in values.items():
+                entries[int(index)] = _merge(entry_hint, entries[int(index)], value, f"entry {index}")
         return tuple(entries)
     hints = _fields(type(at))
+    if parent:
+        name, rest = parent[0], parent[1:]
+        return dataclasses.replace(at, **{name: _replace_at(getattr(at, name), rest, values, hints[name])})
     owner = type(at).__name__
     changed = {
         name: _merge(hints[name], getattr(at, name), value, f"{owner}.{name}")
         for name, value in values.items()
     }
     return dataclasses.replace(at, **changed)
+
+
+def _entry_hint(hint: Any) -> Any:
+    """What the entries of a tuple annotated as `hint`, or as one option of it, are annotated as."""
+    options = (hint, *typing.get_args(hint))
+    return next(typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple)
 
 
 def _merge(hint: Any, current: Any, value: Any, where: str) -> Any:

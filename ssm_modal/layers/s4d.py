@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_modal.errors import ConfigError
-from ssm_modal.kernels import lti
 from ssm_modal.kernels.checks import complex_dtype, state_dtype
+from ssm_modal.kernels.lti import lti_scan, lti_scan_step
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
 from ssm_modal.layers.mixer import Mixer, MixerConfig, check_input, check_state
@@ -136,7 +136,7 @@ class S4D(Mixer, WideParameters):
             y, new = self._step(u[:, 0], None if z is None else z[:, 0], state)
             return y.unsqueeze(1), new
         dt, A, B, C, D = self._coefficients(u.dtype)
-        y, ssm = lti.lti_scan(
+        y, ssm = lti_scan(
             u,
             dt,
             A,
@@ -167,7 +167,7 @@ class S4D(Mixer, WideParameters):
 
     def _step(self, u: Tensor, z: Tensor | None, state: S4DState) -> tuple[Tensor, S4DState]:
         dt, A, B, C, D = self._coefficients(u.dtype)
-        y, ssm = lti.lti_scan_step(u, dt, A, B, C, state.ssm.to(A.dtype), D=D, z=z)
+        y, ssm = lti_scan_step(u, dt, A, B, C, state.ssm.to(A.dtype), D=D, z=z)
         return y, S4DState(ssm)
 
     def init_state(

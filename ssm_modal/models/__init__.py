@@ -5,7 +5,6 @@ from ssm_modal.models.base import Model, ModelConfig
 from ssm_modal.models.causal_lm import CausalLM, CausalLMConfig
 from ssm_modal.models.registry import create_model, list_models, model_config, register_model
 
-
 __all__ = [
     "CausalLM",
     "CausalLMConfig",

@@ -1,4 +1,5 @@
-"""The laws every layer with a state keeps, written once: the tests of each mixer and of the backbone call them.
+"""The laws every layer with a state keeps, written once: the tests of each mixer and of the backbone call
+them.
 
 A layer is called as `layer(x, state, seqs=..., **more)` and returns (y, state); x: (batch, length, d_model).
 """
@@ -35,7 +36,9 @@ def assert_states_close(a: Any, b: Any, tolerance: float, what: str) -> None:
             assert_close(x, y, tolerance, f"{what}, tensor {i} of the state")
 
 
-def split_and_carry_equals_whole(layer: nn.Module, dtype: torch.dtype, cuts: tuple[int, ...] = (1, 2, 9, 10)) -> None:
+def split_and_carry_equals_whole(
+    layer: nn.Module, dtype: torch.dtype, cuts: tuple[int, ...] = (1, 2, 9, 10)
+) -> None:
     """Segments with the state carried give the outputs, the last state and the gradients of one call."""
     x = inputs(layer, 2, 23).requires_grad_()
     weight = torch.randn_like(x)
@@ -56,7 +59,8 @@ def split_and_carry_equals_whole(layer: nn.Module, dtype: torch.dtype, cuts: tup
 
 
 def packed_equals_separate(layer: nn.Module, dtype: torch.dtype, **more: Any) -> None:
-    """Sequences end to end, one of them empty, give what each gives alone; twice over, with the states carried."""
+    """Sequences end to end, one of them empty, give what each gives alone; twice over, with the states
+    carried."""
     device = next(layer.parameters()).device
     seqs = Sequences.from_lengths(LENGTHS, device)
     first, second = inputs(layer, 1, seqs.total), inputs(layer, 1, seqs.total)
@@ -118,7 +122,8 @@ def the_future_leaves_the_past(layer: nn.Module, at: int = 7) -> None:
 
 
 def reverse_equals_flip_layer_flip(layer: Any, dtype: torch.dtype) -> None:
-    """Running backwards equals flipping, running forwards and flipping back; twice, with the state carried."""
+    """Running backwards equals flipping, running forwards and flipping back; twice, with the state
+    carried."""
     x = inputs(layer, 2, 14)
     first, second = x[:, 5:], x[:, :5]
     with torch.no_grad():

@@ -23,7 +23,8 @@ CONFIGS = {
 
 
 def naive_forward(layer: Attention, x: Tensor) -> Tensor:
-    """Softmax attention written out for one head and one query at a time; rotary by complex multiplication."""
+    """Softmax attention written out for one head and one query at a time; rotary by complex
+    multiplication."""
     config, hd = layer.config, layer.head_dim
     out = x.new_zeros(*x.shape[:2], layer.d_inner)
 

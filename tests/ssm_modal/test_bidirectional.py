@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ssm_modal.errors import StateError
 from ssm_modal.kernels.sequences import Sequences
-from ssm_modal.layers import AttentionConfig, Bidirectional, BidirectionalConfig, MambaConfig, MixerConfig, S4DConfig
+from ssm_modal.layers import (
+    AttentionConfig,
+    Bidirectional,
+    BidirectionalConfig,
+    MambaConfig,
+    MixerConfig,
+    S4DConfig,
+)
 from ssm_modal.state import State
 from tests.tolerances import OUTPUT, assert_close
 

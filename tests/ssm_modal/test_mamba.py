@@ -26,7 +26,8 @@ CONFIGS = {
 
 
 def naive_forward(layer: Mamba, x: Tensor) -> Tensor:
-    """The layer from the paper's algorithm 2 and figure 3, one row and one step at a time, without the ops."""
+    """The layer from the paper's algorithm 2 and figure 3, one row and one step at a time, without the
+    ops."""
     d, n, r = layer.d_inner, layer.d_state, layer.dt_rank
     A = -torch.exp(layer.A_log)
     out = torch.zeros_like(x)
@@ -81,7 +82,9 @@ def test_equals_transformers_mixer() -> None:
     modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     from transformers import MambaConfig as TheirConfig
 
-    theirs = modeling.MambaMixer(TheirConfig(hidden_size=32, state_size=8, num_hidden_layers=1), layer_idx=0).eval()
+    theirs = modeling.MambaMixer(
+        TheirConfig(hidden_size=32, state_size=8, num_hidden_layers=1), layer_idx=0
+    ).eval()
     ours = MambaConfig(d_state=8).build(32)
     weights = {("dt_bias" if k == "dt_proj.bias" else k): v for k, v in theirs.state_dict().items()}
     ours.load_state_dict(weights)
@@ -188,7 +191,8 @@ def test_bf16_stays_near_fp32_and_keeps_an_fp32_state(how: str, device: torch.de
 
 
 def test_adapters_on_every_projection_are_heard() -> None:
-    """A Linear wrapped with an addition changes the output: no projection's weight is read behind its back."""
+    """A Linear wrapped with an addition changes the output: no projection's weight is read behind its
+    back."""
 
     class Adapted(torch.nn.Module):
         def __init__(self, base: torch.nn.Linear) -> None:
@@ -204,7 +208,7 @@ def test_adapters_on_every_projection_are_heard() -> None:
         with torch.no_grad():
             before = layer(x)[0]
             setattr(layer, name, Adapted(getattr(layer, name)))
-            after, state = layer(x)
+            after, _ = layer(x)
             assert not torch.allclose(before, after), name
             step, _ = layer(x[:, :1], layer.init_state(1))
             assert_close(step, after[:, :1], 1e-5, name)

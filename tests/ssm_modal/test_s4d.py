@@ -12,7 +12,7 @@ from torch import Tensor
 from ssm_modal.errors import ConfigError
 from ssm_modal.layers import S4D, MambaConfig, S4DConfig
 from tests.ssm_modal import layer_laws as laws
-from tests.tolerances import OUTPUT, assert_close
+from tests.tolerances import assert_close
 
 CONFIGS = {
     "glu": S4DConfig(d_state=6),
@@ -22,7 +22,8 @@ CONFIGS = {
 
 
 def by_convolution(layer: S4D, x: Tensor) -> Tensor:
-    """The layer by its kernel K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(dt A_n)^l (section 3.2), summed directly."""
+    """The layer by its kernel K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(dt A_n)^l (section 3.2),
+    summed directly."""
     length, glu = x.shape[1], layer.config.output == "glu"
     projected = x if layer.in_proj is None else layer.in_proj(x)
     u, z = (projected, None) if glu else projected.chunk(2, dim=-1)
@@ -61,7 +62,7 @@ def test_initialisation() -> None:
     for layer in (lin, inv):
         assert_close(torch.exp(layer.A_log), torch.full((12, 4), 0.5), 1e-6)
         dt = torch.exp(layer.log_dt)
-        assert 0.001 * 0.999 <= dt.min()
+        assert dt.min() >= 0.001 * 0.999
         assert dt.max() <= 0.1 * 1.001
     assert_close(lin.A_imag[3], math.pi * torch.arange(4.0), 1e-6)
     # N = 8 of the paper: 8/pi (8 / (2n + 1) - 1)
