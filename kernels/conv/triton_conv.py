@@ -9,6 +9,8 @@ is used.
 Within a sequence, s counts steps in scan order; inputs at s = -(d_conv - 1) ... -1 are the initial state.
 """
 
+# mypy: ignore-errors
+# Triton kernels are a language of their own, which mypy cannot read.
 from __future__ import annotations
 
 import itertools

@@ -458,7 +458,7 @@ def test_default_backend_on_cuda() -> None:
     assert dispatch.explain("causal_conv1d", device="cuda").backend == "triton"
 
 
-# Errors ------------------------------------------------------------------------------------------------------
+# Errors ----------------------------------------------------------------------------------------------------
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
