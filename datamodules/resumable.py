@@ -1,8 +1,9 @@
-"""Batches that are a pure function of their index, so that a killed run goes on with the batch it would have had.
+"""Batches that are a pure function of their index, so that a killed run goes on with the batch it would have
+had.
 
-A data module that derives every batch from (seed, split, batch index, rank, world) needs no saved state: the number
-of batches the trainer has finished, which is in every checkpoint, says which batch comes next. Prefetching and
-workers change nothing, since what they read ahead is simply read again.
+A data module that derives every batch from (seed, split, batch index, rank, world) needs no saved state: the
+number of batches the trainer has finished, which is in every checkpoint, says which batch comes next.
+Prefetching and workers change nothing, since what they read ahead is simply read again.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ MakeBatch = Callable[[int, int, int], Any]
 def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed that is a pure function of `parts`, e.g. `derived_seed(seed, "train", index)`.
 
-    The same on every machine and in every process (unlike `hash`), and unrelated for neighbouring parts (unlike
-    `seed + index`, where run 1 would repeat run 0 shifted by one batch).
+    The same on every machine and in every process (unlike `hash`), and unrelated for neighbouring parts
+    (unlike `seed + index`, where run 1 would repeat run 0 shifted by one batch).
     """
     digest = hashlib.blake2b("\x1f".join(f"{type(p).__name__}:{p}" for p in parts).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "big") >> 1
@@ -46,15 +47,16 @@ def run_seed(seed: int | None) -> int:
 def global_rows(index: int, batch_size: int, rank: int, world: int) -> range:
     """The numbers of the training samples that process `rank` of `world` takes in batch `index`.
 
-    Batch `index` covers samples `[index * world * batch_size, (index + 1) * world * batch_size)`, the ranks one
-    after the other; so two processes with `batch_size` see in each step what one does with twice that.
+    Batch `index` covers samples `[index * world * batch_size, (index + 1) * world * batch_size)`, the ranks
+    one after the other; so two processes with `batch_size` see in each step what one does with twice that.
     """
     start = (index * world + rank) * batch_size
     return range(start, start + batch_size)
 
 
 def batches_done(trainer: Any) -> int:
-    """Training batches that `trainer` (a Lightning Trainer, or None) has finished over the whole run, resumed or not.
+    """Training batches that `trainer` (a Lightning Trainer, or None) has finished over the whole run, resumed
+    or not.
 
     Read from the progress that Lightning keeps in every checkpoint, so it cannot disagree with the weights.
     """
@@ -74,16 +76,18 @@ class _Indexed(Dataset[Any]):
 class ResumableLoader:
     """Yields `make_batch(index, rank, world)` for rising `index`, starting where the run stands.
 
-    `make_batch` must be a pure function of its arguments (draw random numbers from `derived_generator` only) and, with
-    `num_workers > 0`, picklable where processes are spawned. Use `ResumableLoader.training` and `.evaluation`.
+    `make_batch` must be a pure function of its arguments (draw random numbers from `derived_generator` only)
+    and, with `num_workers > 0`, picklable where processes are spawned. Use `ResumableLoader.training` and
+    `.evaluation`.
 
     Args:
         make_batch: `(index, rank, world) -> batch`.
-        n_batches: batches of all processes together; None: endless (training; `trainer.max_steps` ends the run).
-            Finite loaders hand index i to process `i % world`, none twice and none left out.
+        n_batches: batches of all processes together; None: endless (training; `trainer.max_steps` ends the
+            run). Finite loaders hand index i to process `i % world`, none twice and none left out.
         position: the first index of an endless loader, asked for each time an iteration starts.
         rank, world: this process and how many there are.
-        num_workers: processes that make batches ahead of time; 0 makes them in this one. Same batches either way.
+        num_workers: processes that make batches ahead of time; 0 makes them in this one. Same batches either
+        way.
         pin_memory: copy batches to pinned memory, for an asynchronous copy to a CUDA device.
     """
 
@@ -165,15 +169,16 @@ class ResumableLoader:
                 sampler=indices,
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory and torch.cuda.is_available(),
-                # DataLoader draws a base seed at each start; without a generator of its own it would draw it from
-                # the global one and shift every random number after it.
+                # DataLoader draws a base seed at each start; without a generator of its own it would draw it
+                # from the global one and shift every random number after it.
                 generator=torch.Generator().manual_seed(0),
             )
         )
 
 
 class _Sized(ResumableLoader):
-    """A finite loader; only it has a length (an endless one must have none, or Lightning would count epochs)."""
+    """A finite loader; only it has a length (an endless one must have none, or Lightning would count
+    epochs)."""
 
     def __len__(self) -> int:
         indices = self.indices()

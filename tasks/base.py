@@ -1,4 +1,5 @@
-"""What every training task shares: the model, AdamW and its schedule, exact means, resuming, and clear mismatches."""
+"""What every training task shares: the model, AdamW and its schedule, exact means, resuming, and clear
+mismatches."""
 
 from __future__ import annotations
 
@@ -72,8 +73,8 @@ class TrainingTask(LightningModule):
         init_from: weights to start from: a folder of `save_pretrained`, a run's folder or a `.ckpt`.
         init_part: "all" of them, or the "backbone" alone, under a new head and embedding.
 
-    A batch is a dict with `ids` (batch, length) int64, `labels` likewise (-100 where nothing is predicted) and
-    optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once a batch and on the host.
+    A batch is a dict with `ids` (batch, length) int64, `labels` likewise (-100 where nothing is predicted)
+    and optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once a batch and on the host.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -106,7 +107,8 @@ class TrainingTask(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, stage)")
 
     def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
-        """Metrics computed from the exact means of a whole validation or test, e.g. perplexity from the loss."""
+        """Metrics computed from the exact means of a whole validation or test, e.g. perplexity from the
+        loss."""
         return {}
 
     # ------------------------------------------------------------------ model
@@ -150,7 +152,8 @@ class TrainingTask(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, with the schedule moved once an optimizer step."""
-        # fp16's loss scaling forbids clipping beside an optimizer that unscales gradients itself, as the fused one.
+        # fp16's loss scaling forbids clipping beside an optimizer that unscales gradients itself, as the
+        # fused one.
         allow_fused = not str(self.trainer.precision).startswith("16")
         optimizer = build_optimizer(self, self.optimizer_config, allow_fused=allow_fused)
         schedule = build_schedule(
@@ -164,8 +167,8 @@ class TrainingTask(LightningModule):
     def reseed(self, counter: int | None = None) -> None:
         """Seed every generator for the training batch at hand, a function of (seed, process, batch counter).
 
-        So dropout draws the same numbers after a resume, without any generator's state in the checkpoint. Does
-        nothing where the run has no seed (`seed_everything` was never called).
+        So dropout draws the same numbers after a resume, without any generator's state in the checkpoint.
+        Does nothing where the run has no seed (`seed_everything` was never called).
         """
         seed = os.environ.get("PL_GLOBAL_SEED")
         if seed is None:
@@ -190,8 +193,8 @@ class TrainingTask(LightningModule):
         if world > 1:
             torch.distributed.all_reduce(totals)
         count = totals[1].clamp(min=1)
-        # DDP averages gradients over the processes: with this factor the result is the mean over all targets, also
-        # where the processes hold unequal numbers of them.
+        # DDP averages gradients over the processes: with this factor the result is the mean over all targets,
+        # also where the processes hold unequal numbers of them.
         loss = out.loss * (world / count).to(out.loss.dtype)
         self.log("train/loss", (totals[0] / count).float(), prog_bar=True)
         return loss
@@ -249,7 +252,8 @@ class TrainingTask(LightningModule):
     # ------------------------------------------------------------------ batches and checkpoints
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; `cu_seqlens` is checked on the host and becomes `seqs`, so no layer reads the device."""
+        """Move a batch; `cu_seqlens` is checked on the host and becomes `seqs`, so no layer reads the
+        device."""
         if not isinstance(batch, dict) or "cu_seqlens" not in batch:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         rest = {k: v for k, v in batch.items() if k != "cu_seqlens"}
@@ -281,7 +285,8 @@ class TrainingTask(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError for a checkpoint of another architecture, or, going on with a run, of another seed."""
+        """Raise ValueError for a checkpoint of another architecture, or, going on with a run, of another
+        seed."""
         there = checkpoint.get("hyper_parameters", {}).get("model_config")
         if there is not None:
             wrong = config_differences(there, self.model_config())
@@ -294,8 +299,8 @@ class TrainingTask(LightningModule):
         seed = os.environ.get("PL_GLOBAL_SEED")
         if about["seed"] != seed:
             raise ValueError(
-                f"the checkpoint is of a run with seed {about['seed']}, but this one has seed {seed}: it would not go "
-                "on with the same batches; use the same --seed_everything, or another run_dir"
+                f"the checkpoint is of a run with seed {about['seed']}, but this one has seed {seed}: it "
+                "would not go on with the same batches; use the same --seed_everything, or another run_dir"
             )
 
 

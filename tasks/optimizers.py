@@ -22,8 +22,8 @@ class OptimizerConfig:
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, in units of the learning rate, for the parameters that decay.
         decay_embeddings: whether embedding tables decay too.
-        lr_multipliers: a pattern on parameter names (`*`, `?`, as in a shell) to a factor on the learning rate; the
-            first pattern that fits a name counts.
+        lr_multipliers: a pattern on parameter names (`*`, `?`, as in a shell) to a factor on the learning
+            rate; the first pattern that fits a name counts.
         fused: torch's fused kernel; None takes it where all parameters are on CUDA.
     """
 
@@ -54,8 +54,8 @@ class OptimizerConfig:
 def no_decay_names(model: nn.Module, decay_embeddings: bool = True) -> set[str]:
     """Names of the parameters of `model` that take no weight decay.
 
-    These are the ones marked `_no_weight_decay` by their layer (A_log, D, dt_bias), all of fewer than two dimensions
-    (biases, norm weights) and, unless `decay_embeddings`, embedding tables.
+    These are the ones marked `_no_weight_decay` by their layer (A_log, D, dt_bias), all of fewer than two
+    dimensions (biases, norm weights) and, unless `decay_embeddings`, embedding tables.
     """
     embeddings = (
         set()
@@ -99,8 +99,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     if unused:
         names = ", ".join(name for name, _ in itertools.islice(model.named_parameters(), 5))
         raise ValueError(
-            f"optimizer.lr_multipliers has the pattern {unused[0]!r}, which decides for no parameter; names look like "
-            f"{names}, ..."
+            f"optimizer.lr_multipliers has the pattern {unused[0]!r}, which decides for no parameter; names "
+            f"look like {names}, ..."
         )
     if not groups:
         raise ValueError("the model has no trainable parameter")
@@ -112,8 +112,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over the parameter groups of `model`.
 
-    `allow_fused=False` keeps torch's fused kernel off where `config.fused` is None (fp16 loss scaling with clipping
-    needs gradients that the optimizer does not unscale itself).
+    `allow_fused=False` keeps torch's fused kernel off where `config.fused` is None (fp16 loss scaling with
+    clipping needs gradients that the optimizer does not unscale itself).
     """
     groups = parameter_groups(model, config)
     on_cuda = all(p.is_cuda for group in groups for p in group["params"])

@@ -17,9 +17,10 @@ class ScheduleConfig:
 
     Attributes:
         kind: after the warm-up "constant", "linear" or "cosine" down to the end (Loshchilov and Hutter, arXiv
-            1608.03983, one cycle), or "wsd": constant, then linear over the last `decay_fraction` of the steps
-            (Hu et al., arXiv 2404.06395).
-        warmup_steps: optimizer steps of the linear warm-up from 0; step `warmup_steps` is the first at the peak.
+            1608.03983, one cycle), or "wsd": constant, then linear over the last `decay_fraction` of the
+            steps (Hu et al., arXiv 2404.06395).
+        warmup_steps: optimizer steps of the linear warm-up from 0; step `warmup_steps` is the first at the
+        peak.
         min_lr: the rate reached at the last step, for a group without a multiplier. Unused by "constant".
         decay_fraction: share of all steps that "wsd" decays over.
         total_steps: steps of the whole schedule; None takes the trainer's `max_steps`.
@@ -53,7 +54,8 @@ def schedule_factor(config: ScheduleConfig, peak_lr: float, total_steps: int) ->
     """
     if config.warmup_steps >= total_steps and config.kind != "constant":
         raise ValueError(
-            f"schedule.warmup_steps is {config.warmup_steps}, expected fewer than the {total_steps} steps of the run"
+            f"schedule.warmup_steps is {config.warmup_steps}, expected fewer than the {total_steps} steps of "
+            "the run"
         )
     if config.min_lr > peak_lr:
         raise ValueError(f"schedule.min_lr is {config.min_lr}, expected at most optimizer.lr = {peak_lr}")
@@ -86,7 +88,7 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, peak_lr: float,
     total = config.total_steps if config.total_steps is not None else max_steps
     if total < 1 and config.kind != "constant":
         raise ValueError(
-            f"the {config.kind} schedule needs the length of the run: set trainer.max_steps (it is {max_steps}) or "
-            "schedule.total_steps"
+            f"the {config.kind} schedule needs the length of the run: set trainer.max_steps (it is "
+            f"{max_steps}) or schedule.total_steps"
         )
     return LambdaLR(optimizer, schedule_factor(config, peak_lr, max(total, 1)))

@@ -57,7 +57,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not source.is_file():
             raise CheckpointError(f"no checkpoint at {source}")
         if not zipfile.is_zipfile(source):
-            raise CheckpointError(f"{source} is no checkpoint (not a zip archive of torch.save, or cut short)")
+            raise CheckpointError(
+                f"{source} is no checkpoint (not a zip archive of torch.save, or cut short)"
+            )
         try:
             return torch.load(source, map_location=map_location, weights_only=True)
         except Exception as error:

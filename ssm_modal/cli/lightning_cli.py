@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,7 +30,8 @@ COMMANDS = ("fit", "validate", "test", "predict")
 
 DEFAULT_SEED = 0
 
-# What differs from Lightning's defaults: a run is counted in optimizer steps, over an endless stream of batches.
+# What differs from Lightning's defaults: a run is counted in optimizer steps, over an endless stream of
+# batches.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "check_val_every_n_epoch": None,
@@ -64,8 +64,8 @@ _HINTS = (
 class TrainingCLI(LightningCLI):
     """LightningCLI with a run folder, checkpoints that a killed run goes on from, and a test after training.
 
-    Top-level keys beside LightningCLI's `trainer`, `model`, `data`, `seed_everything`: `run_dir`, `test_after_fit`,
-    `checkpoint` (`RunCheckpoint`'s arguments).
+    Top-level keys beside LightningCLI's `trainer`, `model`, `data`, `seed_everything`: `run_dir`,
+    `test_after_fit`, `checkpoint` (`RunCheckpoint`'s arguments).
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -93,10 +93,16 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--run_dir", type=str, default="runs/default", help="The folder of the run: logs, checkpoints, results."
+            "--run_dir",
+            type=str,
+            default="runs/default",
+            help="The folder of the run: logs, checkpoints, results.",
         )
         parser.add_argument(
-            "--test_after_fit", type=bool, default=True, help="Whether to test the best checkpoint after training."
+            "--test_after_fit",
+            type=bool,
+            default=True,
+            help="Whether to test the best checkpoint after training.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
@@ -126,8 +132,8 @@ class TrainingCLI(LightningCLI):
         check_keys(options, valid, "the command line")
 
     def _parse_ckpt_path(self) -> None:
-        # LightningCLI would read the model's arguments out of the checkpoint; here the config says what the model
-        # is, and a checkpoint of another architecture is an error.
+        # LightningCLI would read the model's arguments out of the checkpoint; here the config says what the
+        # model is, and a checkpoint of another architecture is an error.
         return
 
     @property
@@ -139,7 +145,10 @@ class TrainingCLI(LightningCLI):
         settings = self.settings
         if not isinstance(settings.seed_everything, int) or isinstance(settings.seed_everything, bool):
             raise ConfigError(f"seed_everything is {settings.seed_everything}, expected an integer")
-        if given_option(self.given, "run_dir") is None and given_option(self.given, "seed_everything") is not None:
+        if (
+            given_option(self.given, "run_dir") is None
+            and given_option(self.given, "seed_everything") is not None
+        ):
             settings.run_dir = seeded_run_dir(
                 settings.run_dir, settings.seed_everything, _config_seed(self.given)
             )
@@ -152,14 +161,15 @@ class TrainingCLI(LightningCLI):
     def _check_fit(self, trainer: Any) -> None:
         if trainer.max_steps < 1 and not trainer.fast_dev_run:
             raise ConfigError(
-                f"trainer.max_steps is {trainer.max_steps}, expected the optimizer steps of the run, 1 or more "
-                "(training data has no end of its own)"
+                f"trainer.max_steps is {trainer.max_steps}, expected the optimizer steps of the run, 1 or "
+                "more (training data has no end of its own)"
             )
         every, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
         if isinstance(every, int) and every % accumulate:
             raise ConfigError(
-                f"trainer.val_check_interval is {every}, expected a multiple of trainer.accumulate_grad_batches = "
-                f"{accumulate}: checkpoints are taken between optimizer steps only"
+                f"trainer.val_check_interval is {every}, expected a multiple of "
+                f"trainer.accumulate_grad_batches = {accumulate}: checkpoints are taken "
+                "between optimizer steps only"
             )
 
     def _find_checkpoint(self, settings: Any) -> Path | None:

@@ -1,6 +1,7 @@
 """The folder of a run: config.yaml, metrics.csv, tensorboard/, checkpoints/ and results.
 
-A run's folder is fixed by its config. Going on with a run keeps it; starting again moves the earlier one aside.
+A run's folder is fixed by its config. Going on with a run keeps it; starting again moves the earlier one
+aside.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ class RunFolder:
         return self.path / "results"
 
     def move_aside(self) -> Path | None:
-        """Rename an earlier run that stands here to the first free `<path>.1`, `<path>.2`, ...; None where none is.
+        """Rename an earlier run that stands here to the first free `<path>.1`, `<path>.2`, ...; None where
+        none is.
 
         Raises NotADirectoryError where `path` is a file.
         """
         if self.path.is_file():
-            raise NotADirectoryError(f"run_dir is {str(self.path)!r}, which is a file, expected a folder or nothing")
+            raise NotADirectoryError(
+                f"run_dir is {str(self.path)!r}, which is a file, expected a folder or nothing"
+            )
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return None
         n = 1
@@ -58,23 +62,28 @@ class RunFolder:
             others = sorted(p.name for p in self.checkpoints.glob("*.ckpt") if not p.name.startswith("."))
             have = f"there are {', '.join(others)}" if others else "there is no checkpoint at all"
             raise CheckpointError(
-                f"--ckpt_path {which}: no {path} ({have}); start the run without --ckpt_path, or check run_dir"
+                f"--ckpt_path {which}: no {path} ({have}); start the run without --ckpt_path, or check "
+                "run_dir"
             )
         path = Path(which)
         if path.is_dir():
             return RunFolder(path).checkpoint_for_evaluation()
         if not path.is_file():
-            raise CheckpointError(f"--ckpt_path is {which!r}, expected 'last', 'best' or the path of a checkpoint")
+            raise CheckpointError(
+                f"--ckpt_path is {which!r}, expected 'last', 'best' or the path of a checkpoint"
+            )
         return path
 
     def checkpoint_for_evaluation(self) -> Path:
-        """The best checkpoint, or the last where no best was kept. Raises CheckpointError where there is neither."""
+        """The best checkpoint, or the last where no best was kept. Raises CheckpointError where there is
+        neither."""
         for name in ("best", "last"):
             path = self.checkpoints / f"{name}.ckpt"
             if path.is_file():
                 return path
         raise CheckpointError(
-            f"there is no checkpoint in {self.checkpoints}: train first (ssm-modal fit), or name one by --ckpt_path"
+            f"there is no checkpoint in {self.checkpoints}: train first (ssm-modal fit), or name one by "
+            "--ckpt_path"
         )
 
 

@@ -1,7 +1,7 @@
 """Errors of the command line and of configs in plain words, unknown keys with the nearest valid one.
 
-Keys are checked against the signatures of the classes that the config names before jsonargparse parses it, since
-its own message for a wrong key inside a class lists types, not keys.
+Keys are checked against the signatures of the classes that the config names before jsonargparse parses it,
+since its own message for a wrong key inside a class lists types, not keys.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def usage_message(error: Exception) -> str | None:
         required = re.fullmatch(r"the following arguments are required: (.*)", error.message)
         if required:
             names = ", ".join(name.split(".", 1)[-1] for name in required[1].split(", "))
-            return f"{names} must be given: name a config by --config (ssm-modal configs list shows what ships)"
+            return (
+                f"{names} must be given: name a config by --config (ssm-modal configs list shows what ships)"
+            )
         return plain(error.message)
     # What a class named in the config raises from its constructor, jsonargparse hands on in this wrapping.
     if isinstance(error, ValueError) and str(error).startswith("Does not validate against any"):
@@ -64,8 +66,9 @@ def plain(message: str) -> str:
 def check_keys(config: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
     """Raise ConfigError for a key of `config` that nothing takes, naming the nearest that something does.
 
-    config: nested, as YAML or dotted options give it. valid: the dotted keys that the parser itself knows, among them
-    "model" and "data", whose content is checked against the class that each names. where: for the message.
+    config: nested, as YAML or dotted options give it. valid: the dotted keys that the parser itself knows,
+    among them "model" and "data", whose content is checked against the class that each names. where: for the
+    message.
     """
     tree: dict[str, Any] = {}
     for key in valid:
@@ -116,7 +119,8 @@ def _unknown(path: str, key: str, valid: Iterable[str], prefix: str, where: str)
 
 
 def resolve(class_path: str, where: str) -> Any:
-    """The class at `class_path`. Raises ConfigError where there is none, with the nearest name of its module."""
+    """The class at `class_path`. Raises ConfigError where there is none, with the nearest name of its
+    module."""
     module_name, _, name = class_path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -125,12 +129,16 @@ def resolve(class_path: str, where: str) -> Any:
             raise
         raise ConfigError(f"{where} is {class_path!r}: there is no module {error.name!r}") from None
     except ValueError:
-        raise ConfigError(f"{where} is {class_path!r}, expected a path such as package.module.Class") from None
+        raise ConfigError(
+            f"{where} is {class_path!r}, expected a path such as package.module.Class"
+        ) from None
     try:
         return getattr(module, name)
     except AttributeError:
         public = [n for n in dir(module) if not n.startswith("_")]
-        raise ConfigError(f"{where} is {class_path!r}: {module_name} has no {name!r}; {nearest(name, public)}") from None
+        raise ConfigError(
+            f"{where} is {class_path!r}: {module_name} has no {name!r}; {nearest(name, public)}"
+        ) from None
 
 
 def parameters(owner: Any) -> dict[str, Any] | None:

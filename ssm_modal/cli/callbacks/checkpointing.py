@@ -15,13 +15,15 @@ from ssm_modal.cli.checkpoint_io import sync_folder
 
 
 class RunCheckpoint(Checkpoint):
-    """Keeps `checkpoints/last.ckpt`, `best.ckpt` and, where asked for, `step=NNNNNNNN.ckpt` in the run's folder.
+    """Keeps `checkpoints/last.ckpt`, `best.ckpt` and, where asked for, `step=NNNNNNNN.ckpt` in the run's
+    folder.
 
-    Saves only between optimizer steps: gradients that are being accumulated are in no checkpoint, so one taken
-    between them could not be gone on with exactly.
+    Saves only between optimizer steps: gradients that are being accumulated are in no checkpoint, so one
+    taken between them could not be gone on with exactly.
 
     Args:
-        every_n_steps: optimizer steps between two writes of last.ckpt; each validation and the end write it too.
+        every_n_steps: optimizer steps between two writes of last.ckpt; each validation and the end write it
+        too.
         keep_every_n_steps: keep a checkpoint for good each time the step is a multiple of this; 0 keeps none.
         monitor: the validation metric that says which is best; None keeps no best.
         mode: whether a lower ("min") or a higher ("max") value is better.
@@ -70,8 +72,8 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # Where a validation follows, `on_validation_end` saves: a run that goes on from a checkpoint taken just
-        # before a validation would not make up for it.
+        # Where a validation follows, `on_validation_end` saves: a run that goes on from a checkpoint taken
+        # just before a validation would not make up for it.
         if step == self._saved_step or _accumulating(trainer) or _validation_follows(trainer):
             return
         if step % self.every_n_steps == 0 or self._keeps(step):
@@ -84,7 +86,9 @@ class RunCheckpoint(Checkpoint):
         if self.monitor is not None:
             if self.monitor not in trainer.callback_metrics:
                 have = ", ".join(sorted(trainer.callback_metrics)) or "none"
-                raise ValueError(f"checkpoint.monitor is {self.monitor!r}, which was not measured; there are {have}")
+                raise ValueError(
+                    f"checkpoint.monitor is {self.monitor!r}, which was not measured; there are {have}"
+                )
             score = float(trainer.callback_metrics[self.monitor])
             if self._better(score):
                 self.best_score, self.best_step = score, trainer.global_step

@@ -17,7 +17,8 @@ class NonFiniteError(RuntimeError):
 
 
 class StopOnNonFinite(Callback):
-    """Checks the loss and the norm of the gradients before each optimizer step, so no broken step is ever taken.
+    """Checks the loss and the norm of the gradients before each optimizer step, so no broken step is ever
+    taken.
 
     The weights are then still the ones that made the number, so running the batch again, with the same random
     numbers, shows the first module whose output is not finite. Also logs `grad_norm` (before clipping).
@@ -68,21 +69,26 @@ class StopOnNonFinite(Callback):
         where = f"at step {step}"
         folder = trainer.default_root_dir
         advice = (
-            f"the run stopped and no broken step was taken; the checkpoints in {folder}/checkpoints are from before. "
-            "A lower learning rate, a longer warm-up or gradient clipping usually helps"
+            f"the run stopped and no broken step was taken; the checkpoints in {folder}/checkpoints are "
+            "from before. A lower learning rate, a longer warm-up or gradient clipping usually helps"
         )
         for (counter, batch, _), loss in zip(window, losses.tolist()):
             if not math.isfinite(loss):
                 seen = first_nonfinite(trainer, module, counter, batch)
                 return f"the loss is {loss} {where} (batch {counter}); it first showed in {seen}; {advice}"
-        broken = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        broken = [
+            n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+        ]
         # The gradient comes from the loss's side: the last parameter in forward order was reached first.
-        seen = f"the gradient of {broken[-1]} ({len(broken)} in all)" if broken else "the norm of all gradients"
+        seen = (
+            f"the gradient of {broken[-1]} ({len(broken)} in all)" if broken else "the norm of all gradients"
+        )
         return f"the loss is finite {where} but the gradient is not; it first showed in {seen}; {advice}"
 
 
 def first_nonfinite(trainer: Trainer, module: LightningModule, counter: int, batch: Any) -> str:
-    """Where a NaN or infinity first shows when `batch` runs again: a parameter, a module, or the loss itself."""
+    """Where a NaN or infinity first shows when `batch` runs again: a parameter, a module, or the loss
+    itself."""
     for name, parameter in module.named_parameters():
         if not parameter.isfinite().all():
             return f"the parameter {name}, which was no longer finite before the step"

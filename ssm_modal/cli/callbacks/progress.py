@@ -1,4 +1,5 @@
-"""How a run shows where it is: a bar on a terminal, a line now and then anywhere else; and tokens a second."""
+"""How a run shows where it is: a bar on a terminal, a line now and then anywhere else; and tokens a
+second."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 
 class Progress(ProgressBar):
-    """Shows steps, losses and tokens a second, and logs `tokens_per_second` (all processes; validation not counted).
+    """Shows steps, losses and tokens a second, and logs `tokens_per_second` (all processes; validation not
+    counted).
 
     Args:
         line_seconds: how often a line is printed where standard error is no terminal.
