@@ -25,6 +25,7 @@ from torch import Tensor
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.scan.launch import ScanLaunch, padded_state, scan_launch, shipped_launches
 from ssm_modal.kernels.scan.triton_common import (
+    EXTENTS,
     LN2,
     LOG2E,
     carry,
@@ -50,7 +51,7 @@ def gated(dout, z, GATED: tl.constexpr):
     return dy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=EXTENTS)
 def chunk_grad_kernel(
     dout_ptr,  # (batch, length, d_inner)
     z_ptr,  # (batch, length, d_inner) or None
@@ -136,7 +137,7 @@ def chunk_grad_kernel(
     tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=EXTENTS)
 def grad_kernel(
     dout_ptr,  # (batch, length, d_inner)
     u_ptr,  # (batch, length, d_inner)
@@ -183,7 +184,6 @@ def grad_kernel(
     blocks_per_group,
     blocks_per_split,
     splits,
-    items,
     subs,
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -193,144 +193,139 @@ def grad_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Programs take items (chunk, group, share of the group's channel blocks) in turn."""
-    pid = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0)
+    """One program a chunk, group and share of the group's channel blocks, which it takes in turn."""
+    item = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     mask_n = n < d_state
     size = d_inner.to(tl.int64) * d_state
     bc_time = groups.to(tl.int64) * d_state
     local = tl.arange(0, BLOCK_D)[:, None] * BLOCK_N + n[None, :]
-    scratch_ptr += pid * subs * (BLOCK_D * BLOCK_N)
-    rounds = (items - pid + programs - 1) // programs
-    for k in range(0, trips(rounds)):
-        item = pid + k * programs.to(tl.int64)
-        split = item % splits
-        group = (item // splits) % groups
-        chunk = item // (splits * groups)
-        row, start, end = chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
-        count = (end - start).to(tl.int32)
-        own_subs = (count + STEPS - 1) // STEPS
-        t0 = start
-        step = 1
-        if REVERSE:
-            t0 = end - 1
-            step = -1
-        bc_base = ((split * batch + row) * length) * bc_time + group * d_state
-        first_block = split * blocks_per_split
-        own_blocks = tl.minimum(blocks_per_split, blocks_per_group - first_block)
-        for r in range(0, trips(own_blocks)):
-            block = group * blocks_per_group + first_block + r
-            _, d, mask_d = channel_block(block, group_channels, blocks_per_group, BLOCK_D)
-            mask = mask_d[:, None] & mask_n[None, :]
-            tile = chunk * size + d[:, None] * d_state + n[None, :]
-            rate = tl.load(a_ptr + d[:, None] * d_state + n[None, :], mask=mask, other=0.0) * LOG2E
-            bias = tl.zeros([BLOCK_D], tl.float32)
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0)
-            skip = tl.zeros([BLOCK_D], tl.float32)
-            if skip_ptr is not None:
-                skip = tl.load(skip_ptr + d, mask=mask_d, other=0.0)
-            u_row = u_ptr + row * u_batch
-            delta_row = delta_ptr + row * delta_batch
-            dout_row = dout_ptr + row * dout_batch
-            b_row = b_ptr + row * b_batch + group * b_group
-            c_row = c_ptr + row * c_batch + group * c_group
-            z_row = dout_row
-            if z_ptr is not None:
-                z_row = z_ptr + row * z_batch
+    scratch_ptr += item * subs * (BLOCK_D * BLOCK_N)
+    split = item % splits
+    group = (item // splits) % groups
+    chunk = item // (splits * groups)
+    row, start, end = chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+    count = (end - start).to(tl.int32)
+    own_subs = (count + STEPS - 1) // STEPS
+    t0 = start
+    step = 1
+    if REVERSE:
+        t0 = end - 1
+        step = -1
+    partial = ((split * batch + row) * length) * bc_time + group * d_state
+    db_row = db_ptr + partial
+    dc_row = dc_ptr + partial
+    first_block = split * blocks_per_split
+    own_blocks = tl.minimum(blocks_per_split, blocks_per_group - first_block)
+    for r in range(0, trips(own_blocks)):
+        block = group * blocks_per_group + first_block + r
+        _, d, mask_d = channel_block(block, group_channels, blocks_per_group, BLOCK_D)
+        mask = mask_d[:, None] & mask_n[None, :]
+        tile = chunk * size + d[:, None] * d_state + n[None, :]
+        rate = tl.load(a_ptr + d[:, None] * d_state + n[None, :], mask=mask, other=0.0) * LOG2E
+        bias = tl.zeros([BLOCK_D], tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0)
+        skip = tl.zeros([BLOCK_D], tl.float32)
+        if skip_ptr is not None:
+            skip = tl.load(skip_ptr + d, mask=mask_d, other=0.0)
+        u_row = u_ptr + row * u_batch
+        delta_row = delta_ptr + row * delta_batch
+        dout_row = dout_ptr + row * dout_batch
+        b_row = b_ptr + row * b_batch + group * b_group
+        c_row = c_ptr + row * c_batch + group * c_group
+        du_row = du_ptr + row * length * d_inner
+        ddelta_row = ddelta_ptr + row * length * d_inner
+        if z_ptr is not None:
+            z_row = z_ptr + row * z_batch
+            dz_row = dz_ptr + row * length * d_inner
 
-            # Forward over the chunk: every STEPS-th state into the scratch.
-            h = tl.load(states_ptr + tile, mask=mask, other=0.0)
-            for s in range(0, trips(own_subs)):
-                tl.store(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local, h)
-                for j in tl.static_range(STEPS):
-                    i = s * STEPS + j
-                    has = i < count
-                    t = t0 + i * step
-                    u = load_row(u_row, t, u_time, d, mask_d & has).to(tl.float32)
-                    x = load_row(delta_row, t, delta_time, d, mask_d & has)
-                    b = load_row(b_row, t, b_time, n, mask_n & has).to(tl.float32)
-                    dt = time_step(x, bias, mask_d & has, SOFTPLUS)
-                    h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
-            # Lanes may read what others wrote.
-            tl.debug_barrier()
+        # Forward over the chunk: every STEPS-th state into the scratch.
+        h = tl.load(states_ptr + tile, mask=mask, other=0.0)
+        for s in range(0, trips(own_subs)):
+            tl.store(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local, h)
+            for j in tl.static_range(STEPS):
+                i = s * STEPS + j
+                t = t0 + tl.minimum(i, count - 1) * step
+                u = load_row(u_row, t, u_time, d, mask_d).to(tl.float32)
+                x = load_row(delta_row, t, delta_time, d, mask_d)
+                b = load_row(b_row, t, b_time, n, mask_n).to(tl.float32)
+                dt = time_step(x, bias, i < count, SOFTPLUS)
+                h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
+        # Lanes may read what others wrote.
+        tl.debug_barrier()
 
-            # Back again.
-            g = tl.load(grads_ptr + tile, mask=mask, other=0.0)
-            da = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-            dskip = tl.zeros([BLOCK_D], tl.float32)
-            dbias = tl.zeros([BLOCK_D], tl.float32)
-            for back in range(0, trips(own_subs)):
-                s = own_subs - 1 - back
-                h = tl.load(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local)
-                before = ()
-                for j in tl.static_range(STEPS):
-                    i = s * STEPS + j
-                    has = i < count
-                    valid = mask_d & has
-                    t = t0 + i * step
-                    u = load_row(u_row, t, u_time, d, valid).to(tl.float32)
-                    x = load_row(delta_row, t, delta_time, d, valid)
-                    b = load_row(b_row, t, b_time, n, mask_n & has).to(tl.float32)
-                    dout = load_row(dout_row, t, dout_time, d, valid).to(tl.float32)
-                    dt = time_step(x, bias, valid, SOFTPLUS)
-                    before += (h,)
-                    h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
-                    dy = dout
-                    if z_ptr is not None:
-                        c = load_row(c_row, t, c_time, n, mask_n & has).to(tl.float32)
-                        z = load_row(z_row, t, z_time, d, valid).to(tl.float32)
-                        gate = sigmoid(z)
-                        y = tl.sum(h * c[None, :], axis=1) + skip * u
-                        dz = dout * y * (gate * (1.0 + z * (1.0 - gate)))
-                        dy = dout * (z * gate)
-                        at = (row * length + t) * d_inner + d
-                        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=valid)
-                    dskip += dy * u
-                    dc = tl.sum(h * dy[:, None], axis=0)
-                    bc = bc_base + t * bc_time + n
-                    dc += tl.load(dc_ptr + bc, mask=mask_n & has & (r > 0), other=0.0)
-                    tl.store(dc_ptr + bc, dc, mask=mask_n & has)
-                for jj in tl.static_range(STEPS):
-                    i = s * STEPS + (STEPS - 1 - jj)
-                    has = i < count
-                    valid = mask_d & has
-                    t = t0 + i * step
-                    u = load_row(u_row, t, u_time, d, valid).to(tl.float32)
-                    x = load_row(delta_row, t, delta_time, d, valid)
-                    b = load_row(b_row, t, b_time, n, mask_n & has).to(tl.float32)
-                    c = load_row(c_row, t, c_time, n, mask_n & has).to(tl.float32)
-                    dout = load_row(dout_row, t, dout_time, d, valid)
-                    z = dout
-                    if z_ptr is not None:
-                        z = load_row(z_row, t, z_time, d, valid)
-                    dy = gated(dout, z, z_ptr is not None)
-                    dt = time_step(x, bias, valid, SOFTPLUS)
-                    g += c[None, :] * dy[:, None]
-                    db = tl.sum(g * (dt * u)[:, None], axis=0)
-                    gb = tl.sum(g * b[None, :], axis=1)
-                    g *= tl.exp2(rate * dt[:, None])
-                    # g is now the gradient of the state before this step.
-                    q = g * before[STEPS - 1 - jj]
-                    da += q * dt[:, None]
-                    ddelta = gb * u + tl.sum(q * rate, axis=1) * LN2
-                    if SOFTPLUS:
-                        ddelta *= sigmoid(x.to(tl.float32) + bias)
-                    dbias += tl.where(valid, ddelta, 0.0)
-                    at = (row * length + t) * d_inner + d
-                    tl.store(du_ptr + at, (gb * dt + skip * dy).to(du_ptr.dtype.element_ty), mask=valid)
-                    tl.store(ddelta_ptr + at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=valid)
-                    bc = bc_base + t * bc_time + n
-                    db += tl.load(db_ptr + bc, mask=mask_n & has & (r > 0), other=0.0)
-                    tl.store(db_ptr + bc, db, mask=mask_n & has)
-            tl.store(grads_ptr + tile, da, mask=mask)
-            if dskip_ptr is not None:
-                tl.store(dskip_ptr + chunk * d_inner + d, dskip, mask=mask_d)
-            if dbias_ptr is not None:
-                tl.store(dbias_ptr + chunk * d_inner + d, dbias, mask=mask_d)
-            # The next block adds to the same dB and dC and fills the same scratch.
-            tl.debug_barrier()
+        # Back again. Steps beyond the end stand at the last step with dt and dy of 0: they change no state, add 0 to
+        # dB and dC, write dz a second time alike, and what they write of du and ddelta the last step overwrites.
+        g = tl.load(grads_ptr + tile, mask=mask, other=0.0)
+        da = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+        dskip = tl.zeros([BLOCK_D], tl.float32)
+        dbias = tl.zeros([BLOCK_D], tl.float32)
+        for back in range(0, trips(own_subs)):
+            s = own_subs - 1 - back
+            h = tl.load(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local)
+            before = ()
+            for j in tl.static_range(STEPS):
+                i = s * STEPS + j
+                t = t0 + tl.minimum(i, count - 1) * step
+                u = load_row(u_row, t, u_time, d, mask_d).to(tl.float32)
+                x = load_row(delta_row, t, delta_time, d, mask_d)
+                b = load_row(b_row, t, b_time, n, mask_n).to(tl.float32)
+                dy = load_row(dout_row, t, dout_time, d, mask_d).to(tl.float32)
+                dt = time_step(x, bias, i < count, SOFTPLUS)
+                before += (h,)
+                h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
+                if z_ptr is not None:
+                    c = load_row(c_row, t, c_time, n, mask_n).to(tl.float32)
+                    z = load_row(z_row, t, z_time, d, mask_d).to(tl.float32)
+                    gate = sigmoid(z)
+                    y = tl.sum(h * c[None, :], axis=1) + skip * u
+                    dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
+                    dy *= z * gate
+                    tl.store(dz_row + t * d_inner + d, dz.to(dz_ptr.dtype.element_ty), mask=mask_d)
+                dy = tl.where(i < count, dy, 0.0)
+                dskip += dy * u
+                dc = tl.sum(h * dy[:, None], axis=0)
+                bc = t * bc_time + n
+                dc += tl.load(dc_row + bc, mask=mask_n & (r > 0), other=0.0)
+                tl.store(dc_row + bc, dc, mask=mask_n & (i < count))
+            for jj in tl.static_range(STEPS):
+                i = s * STEPS + (STEPS - 1 - jj)
+                t = t0 + tl.minimum(i, count - 1) * step
+                u = load_row(u_row, t, u_time, d, mask_d).to(tl.float32)
+                x = load_row(delta_row, t, delta_time, d, mask_d)
+                b = load_row(b_row, t, b_time, n, mask_n).to(tl.float32)
+                c = load_row(c_row, t, c_time, n, mask_n).to(tl.float32)
+                dy = load_row(dout_row, t, dout_time, d, mask_d).to(tl.float32)
+                if z_ptr is not None:
+                    z = load_row(z_row, t, z_time, d, mask_d).to(tl.float32)
+                    dy *= z * sigmoid(z)
+                dy = tl.where(i < count, dy, 0.0)
+                dt = time_step(x, bias, i < count, SOFTPLUS)
+                g += c[None, :] * dy[:, None]
+                db = tl.sum(g * (dt * u)[:, None], axis=0)
+                gb = tl.sum(g * b[None, :], axis=1)
+                g *= tl.exp2(rate * dt[:, None])
+                # g is now the gradient of the state before this step.
+                q = g * before[STEPS - 1 - jj]
+                da += q * dt[:, None]
+                ddelta = gb * u + tl.sum(q * rate, axis=1) * LN2
+                if SOFTPLUS:
+                    ddelta *= sigmoid(x.to(tl.float32) + bias)
+                dbias += tl.where(i < count, ddelta, 0.0)
+                at = t * d_inner + d
+                tl.store(du_row + at, (gb * dt + skip * dy).to(du_ptr.dtype.element_ty), mask=mask_d)
+                tl.store(ddelta_row + at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask_d)
+                bc = t * bc_time + n
+                db += tl.load(db_row + bc, mask=mask_n & (r > 0), other=0.0)
+                tl.store(db_row + bc, db, mask=mask_n)
+        tl.store(grads_ptr + tile, da, mask=mask)
+        if dskip_ptr is not None:
+            tl.store(dskip_ptr + chunk * d_inner + d, dskip, mask=mask_d)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + chunk * d_inner + d, dbias, mask=mask_d)
+        # The next block adds to the same dB and dC and fills the same scratch.
+        tl.debug_barrier()
 
 
 def selective_scan_bwd(
@@ -454,9 +449,8 @@ def selective_scan_bwd(
     partial_b, partial_c = (empty(splits, batch, length, groups, d_state) for _ in range(2))
     items = chunks * groups * splits
     subs = triton.cdiv(min(chunk_size, length), launch.bwd_steps)
-    programs = min(items, launch.bwd_programs)
-    scratch = empty(programs, subs, launch.bwd_block, padded_state(d_state))
-    grad_kernel[(programs,)](
+    scratch = empty(items, subs, launch.bwd_block, padded_state(d_state))
+    grad_kernel[(items,)](
         dout,
         u,
         delta,
@@ -501,7 +495,6 @@ def selective_scan_bwd(
         blocks_per_group,
         blocks_per_split,
         splits,
-        items,
         subs,
         STEPS=launch.bwd_steps,
         BLOCK_D=launch.bwd_block,
@@ -565,7 +558,6 @@ def aot_cases() -> list[AotCase]:
             args |= {
                 "blocks_per_split": 32,
                 "splits": launch.bwd_splits,
-                "items": 2048,
                 "subs": launch.chunk_size // launch.bwd_steps,
                 "STEPS": launch.bwd_steps,
                 "BLOCK_D": launch.bwd_block,

@@ -102,7 +102,27 @@ def chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK: tl.constexpr
     return row, start, end
 
 
-@triton.jit
+# Extents that change from call to call: no kernel is compiled anew for a value of 1 or a multiple of 16.
+EXTENTS = [
+    "batch",
+    "length",
+    "n_chunks",
+    "d_inner",
+    "groups",
+    "group_channels",
+    "blocks_per_group",
+    "blocks_per_split",
+    "blocks",
+    "splits",
+    "items",
+    "subs",
+    "runs_per_row",
+    "run_length",
+    "tiles",
+]
+
+
+@triton.jit(do_not_specialize=EXTENTS)
 def carry_kernel(
     states_ptr,  # (chunks, d_inner, d_state): contribution of each chunk; becomes the state entering it
     sums_ptr,  # (chunks, d_inner): sum of dt of each chunk

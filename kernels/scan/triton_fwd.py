@@ -29,6 +29,7 @@ from ssm_modal.kernels.scan.launch import (
     shipped_launches,
 )
 from ssm_modal.kernels.scan.triton_common import (
+    EXTENTS,
     LOG2E,
     carry,
     channel_block,
@@ -43,7 +44,7 @@ from ssm_modal.kernels.scan.triton_common import (
 from ssm_modal.kernels.sequences import Sequences
 
 
-@triton.jit
+@triton.jit(do_not_specialize=EXTENTS)
 def chunk_state_kernel(
     u_ptr,  # (batch, length, d_inner)
     delta_ptr,  # (batch, length, d_inner)
@@ -129,7 +130,7 @@ def chunk_state_kernel(
     tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=EXTENTS)
 def output_kernel(
     u_ptr,  # (batch, length, d_inner)
     delta_ptr,  # (batch, length, d_inner)
