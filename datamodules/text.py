@@ -19,6 +19,8 @@ from ssm_modal.io.text import expand_path, iter_text, text_files
 from ssm_modal.tokenizers import TextTokenizer, build_tokenizer, load_tokenizer
 
 IGNORE = -100
+# Tokens decoded at once to count their bytes.
+_COUNT_TOKENS = 1 << 16
 Layout = Literal["windows", "packed"]
 
 
@@ -203,6 +205,7 @@ class TextDataModule(pl.LightningDataModule):
         self._spec = tokenizer
         self._tokenizer: TextTokenizer | None = None
         self._splits: dict[str, tuple[IdCorpus, str]] = {}
+        self._bytes_per_token: dict[str, float] = {}
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -235,6 +238,14 @@ class TextDataModule(pl.LightningDataModule):
         """
         corpus, name = self._split(split)
         return corpus.split(name).ids
+
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of UTF-8 text that a token of `split` stands for, on average over the split."""
+        if split not in self._bytes_per_token:
+            ids = self.stream(split)
+            total = sum(self.tokenizer.count_bytes(piece) for piece in ids.split(_COUNT_TOKENS))
+            self._bytes_per_token[split] = total / ids.shape[0]
+        return self._bytes_per_token[split]
 
     def train_dataloader(self) -> ResumableLoader:
         batches = self.batches("train")

@@ -63,6 +63,10 @@ class TextTokenizer(ABC):
         """As `encode`, as a tensor (n,) of an integer dtype; the quick way for much text."""
         return torch.tensor(self.encode(text), dtype=torch.int64)
 
+    def count_bytes(self, ids: Tensor) -> int:
+        """Bytes of UTF-8 text that ids (n,) of any integer dtype stand for, special ids for none."""
+        return len(self.decode(ids).encode("utf-8"))
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the tokenizer to the file `path`, whole or not at all; `load_tokenizer` reads it."""
         return atomic_write(path, json.dumps(self.to_config(), ensure_ascii=False, indent=1) + "\n")

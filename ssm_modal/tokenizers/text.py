@@ -52,6 +52,9 @@ class ByteTokenizer(TextTokenizer):
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         return bytes(i for i in self.check_ids(ids) if i < 256).decode("utf-8", "replace")
 
+    def count_bytes(self, ids: Tensor) -> int:
+        return int((ids.to(torch.int64) < 256).sum())
+
     def stream(self, before: Sequence[int] = ()) -> StreamDecoder:
         return _ByteStream(self)
 

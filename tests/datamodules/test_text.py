@@ -86,6 +86,17 @@ def test_validation_predicts_every_token_once(tmp_path: Path, layout: str, eval_
     assert len(loader) == math.ceil(math.ceil(99 / eval_length) / 3)
 
 
+def test_bytes_per_token(tmp_path: Path) -> None:
+    path = documents(tmp_path, ["aaaa€€", "ää"])
+    assert module(tmp_path, path=path, val_path=path).bytes_per_token("validation") == 1.0
+    assert (
+        module(tmp_path, path=path, val_path=path, tokenizer="char").bytes_per_token("validation") == 14 / 8
+    )
+    # 14 bytes and two ends of text, which stand for none.
+    data = module(tmp_path, path=path, val_path=path, tokenizer="byte+eos")
+    assert data.bytes_per_token("validation") == 14 / 16
+
+
 def test_training_windows_are_the_text_and_reach_all_of_it(tmp_path: Path) -> None:
     # 1,000 distinct characters in rising order: an id is its token's place.
     file = tmp_path / "distinct.txt"

@@ -34,7 +34,7 @@ GREEDY = GenerationConfig(max_new_tokens=8, temperature=0)
 
 
 def small(name: str = "mamba_lm", vocab_size: int = 40, spread: float = 1.0) -> CausalLM:
-    """A small model, random enough for what it says to depend on what it has read, and for no two tokens to be
+    """A small model, random enough for what it says to depend on what it has read, and for no two to be
     so nearly as likely that rounding could change a choice."""
     torch.manual_seed(3)
     layers = {} if name == "hybrid_lm" else {"n_layers": 2}
