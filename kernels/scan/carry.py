@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_modal.kernels.sequences import ChunkTable
@@ -14,16 +15,20 @@ from ssm_modal.kernels.sequences import ChunkTable
 LOOP = 16
 
 
-def carry_states(decay: Tensor, last: Tensor) -> Tensor:
+def carry_states(decay: Tensor, last: Tensor, fresh: Tensor | None = None) -> Tensor:
     """h_k = decay_k * h_{k-1} + last_k along axis 1 from h_{-1} = 0: (batch, chunks, ...) -> the same shape.
 
+    fresh: (chunks,) bool, where h_k = last_k whatever came before: not a decay of 0, for NaN times 0 is NaN.
     Takes about 2 * chunks^(1/2) steps of Python: chunks of chunks, then the carry over those. Any dtype,
     complex too; differentiable by autograd.
     """
     batch, n = last.shape[:2]
     rest = last.shape[2:]
+    if n == 0:
+        return last.clone()
     if n <= LOOP:
-        return torch.stack(_loop(decay.unbind(1), last.unbind(1), None), 1) if n else last.clone()
+        flags = None if fresh is None else fresh.unbind(0)
+        return torch.stack(_loop(decay.unbind(1), last.unbind(1), flags, None), 1)
     size = math.isqrt(n - 1) + 1
     groups = -(-n // size)
     missing = groups * size - n
@@ -31,22 +36,32 @@ def carry_states(decay: Tensor, last: Tensor) -> Tensor:
         # Padding stands at the end, where nothing depends on it.
         pad = last.new_zeros(batch, missing, *rest)
         decay, last = torch.cat([decay, pad], 1), torch.cat([last, pad], 1)
+        fresh = None if fresh is None else F.pad(fresh, (0, missing))
     a = decay.reshape(batch, groups, size, *rest).unbind(2)
     b = last.reshape(batch, groups, size, *rest).unbind(2)
-    h, whole = b[0], a[0]
+    flags = any_fresh = None
+    if fresh is not None:
+        table = fresh.view(groups, size)
+        flags, any_fresh = table.view(groups, size, *(1 for _ in rest)).unbind(1), table.any(1)
+    whole = a[0]
     for t in range(1, size):
-        h = torch.addcmul(b[t], a[t], h)
         whole = whole * a[t]
-    ends = carry_states(whole, h)
+    ends = carry_states(whole, _loop(a, b, flags, None)[-1], any_fresh)
     entering = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
-    out = torch.stack(_loop(a, b, entering), 2)
+    out = torch.stack(_loop(a, b, flags, entering), 2)
     return out.reshape(batch, groups * size, *rest)[:, :n]
 
 
-def _loop(decay: Sequence[Tensor], last: Sequence[Tensor], h: Tensor | None) -> list[Tensor]:
+def _loop(
+    decay: Sequence[Tensor], last: Sequence[Tensor], fresh: Sequence[Tensor] | None, h: Tensor | None
+) -> list[Tensor]:
+    """The states after each step from `h`, or from zero."""
     states = []
-    for a, b in zip(decay, last):
-        h = b if h is None else torch.addcmul(b, a, h)
+    for t, (a, b) in enumerate(zip(decay, last)):
+        if h is None:
+            h = b
+        else:
+            h = torch.addcmul(b, a, h) if fresh is None else torch.where(fresh[t], b, torch.addcmul(b, a, h))
         states.append(h)
     return states
 
@@ -61,6 +76,7 @@ def carry_entering(
     through. `reverse`: chunks follow each other from the last to the first.
     """
     n = last.shape[1]
+    fresh = None
     if table is None:
         if initial is None:
             initial = torch.zeros_like(last[:, 0]) if n else last.new_zeros(last.shape[0], *last.shape[2:])
@@ -81,12 +97,14 @@ def carry_entering(
         low, high = table.first[:-1].clamp(max=n - 1), (table.first[1:] - 1).clamp(min=0)
         opens, closes = (high, low) if reverse else (low, high)
         chunk = torch.arange(n, device=last.device)
-        is_open = chunk == opens[table.seq]
-        mask = is_open.view(1, n, *(1 for _ in last.shape[2:]))
+        fresh = chunk == opens[table.seq]
+        mask = fresh.view(1, n, *(1 for _ in last.shape[2:]))
         entry = initial[table.seq].unsqueeze(0)
         last = torch.where(mask, last + decay * entry, last)
-        decay = decay.masked_fill(mask, 0)
-    states = carry_states(decay.flip(1), last.flip(1)).flip(1) if reverse else carry_states(decay, last)
+    if reverse:
+        states = carry_states(decay.flip(1), last.flip(1), None if fresh is None else fresh.flip(0)).flip(1)
+    else:
+        states = carry_states(decay, last, fresh)
     shifted = torch.roll(states, -1 if reverse else 1, 1)
     if table is None:
         shifted[:, opening] = entry

@@ -1,4 +1,4 @@
-"""What the tests of every op share: where an op can run, and values and gradients beside an fp64 reference."""
+"""What the tests of every op share: where it can run, values and gradients beside an fp64 reference."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ def values_and_gradients(
     assert isinstance(loss, Tensor)
     names = list(arguments)
     found = torch.autograd.grad(loss, [arguments[n] for n in names], allow_unused=True)
-    gradients = {
-        n: torch.zeros_like(arguments[n]) if g is None else g for n, g in zip(names, found)
-    }
+    gradients = {n: torch.zeros_like(arguments[n]) if g is None else g for n, g in zip(names, found)}
     return outputs, gradients
 
 
@@ -110,7 +108,7 @@ def compare(
     reference_options: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Assert that outputs and every gradient agree with `reference` in fp64, and have the arguments' dtypes."""
+    """Assert that outputs and every gradient agree with `reference` in fp64."""
     own = leaves(arguments)
     outputs, gradients = values_and_gradients(function, own, options)
     expected, expected_gradients = values_and_gradients(reference, widened(arguments), reference_options)
