@@ -18,7 +18,8 @@ torch.library.define(
 torch.library.define(
     "ssm_modal::rms_norm_bwd",
     "(Tensor dout, Tensor? dtotal, Tensor s, Tensor? weight, Tensor? gate, Tensor rstd, "
-    "bool norm_before_gate, ScalarType x_dtype, ScalarType? residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool norm_before_gate, ScalarType x_dtype, ScalarType? residual_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 _PLAIN = (Tensor, torch.nn.Parameter)
