@@ -1,11 +1,11 @@
 """The compiled kernels as plain functions on validated fp32 CPU tensors.
 
 `op.py` of each op checks the arguments and calls these. Shapes: u, delta, z, x, out (batch, length, d_inner);
-A (d_inner, d_state); B, C (batch, length, groups, d_state); D, delta_bias, bias (d_inner,); scan states (batch
-or sequences, d_inner, d_state); conv weight (d_inner, d_conv) and states (batch or sequences, d_inner,
-d_conv - 1), the last inputs in scan order, the oldest first. All fp32 on the CPU, any strides; where a last axis
-does not have stride 1 a copy is made. Results are contiguous and do not depend on thread timing: the same call
-with the same number of threads (`torch.get_num_threads()`) gives the same bits.
+A (d_inner, d_state); B, C (batch, length, groups, d_state); D, delta_bias, bias (d_inner,); scan states
+(batch or sequences, d_inner, d_state); conv weight (d_inner, d_conv) and states (batch or sequences, d_inner,
+d_conv - 1), the last inputs in scan order, the oldest first. All fp32 on the CPU, any strides; where a last
+axis does not have stride 1 a copy is made. Results are contiguous and do not depend on thread timing: the
+same call with the same number of threads (`torch.get_num_threads()`) gives the same bits.
 """
 
 from __future__ import annotations

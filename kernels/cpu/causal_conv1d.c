@@ -181,6 +181,7 @@ int ssm_causal_conv1d_fwd(const ConvArgs *a) {
   Plan p;
   int failed = make_plan(&p, a) || take_scratch(&p, p.blocks * a->width + TILE + a->width);
   if (!failed) {
+    ssm_large_pages(a->out, a->batch * a->length * a->channels * 4);
     ssm_parallel(forward_task, &p, p.slots * p.parts, (int)a->threads);
     store_final(a);
   }
@@ -303,6 +304,7 @@ int ssm_causal_conv1d_bwd(const ConvArgs *a) {
     failed = !p.part_dw || !p.part_db;
   }
   if (!failed) {
+    ssm_large_pages(a->dx, a->batch * a->length * a->channels * 4);
     ssm_parallel(backward_task, &p, p.slots * p.parts, (int)a->threads);
     join_slots(&p);
     /* A sequence of length 0 has no tile: its initial state is its final state. */

@@ -1,7 +1,7 @@
 """Compiles the C kernels at first use, keeps the library in a cache folder, and says why where that fails.
 
-Nothing needs a compiler at installation. The first call looks for a library built from the same sources, by the
-same compiler, for the same CPU, and builds it where there is none (a few seconds, once a machine). Environment:
+Nothing needs a compiler at installation. The first call looks for a library built from the same sources, by
+the same compiler, for the same CPU, and builds it where there is none (seconds, once a machine). Environment:
 
 - `SSM_MODAL_NO_CPU_KERNELS=1` switches the compiled kernels off.
 - `CC` names the compiler (default: the first of cc, gcc, clang on the path).

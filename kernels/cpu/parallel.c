@@ -1,8 +1,14 @@
+#define _DEFAULT_SOURCE /* madvise */
+
 #include "parallel.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 typedef void (*Launch)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
@@ -54,4 +60,18 @@ void ssm_parallel(void (*task)(void *, int64_t, int), void *context, int64_t tas
   while (n < threads - 1 && n < MOST && pthread_create(&started[n], NULL, work_in_thread, &job) == 0) n++;
   work(&job);
   for (int i = 0; i < n; i++) pthread_join(started[i], NULL);
+}
+
+#define LARGE_PAGE ((int64_t)1 << 21)
+
+void ssm_large_pages(void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (!memory || bytes < 2 * LARGE_PAGE) return;
+  uintptr_t from = ((uintptr_t)memory + LARGE_PAGE - 1) & ~(uintptr_t)(LARGE_PAGE - 1);
+  uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) & ~(uintptr_t)(LARGE_PAGE - 1);
+  madvise((void *)from, to - from, MADV_HUGEPAGE); /* advice only: a refusal changes nothing */
+#else
+  (void)memory;
+  (void)bytes;
+#endif
 }

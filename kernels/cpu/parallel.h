@@ -13,4 +13,8 @@
  * Tasks are taken as threads get free; no result may depend on which thread ran which task. */
 void ssm_parallel(void (*task)(void *context, int64_t i, int thread), void *context, int64_t tasks, int threads);
 
+/* Asks for large pages under a result that is written once: first touching 4 KB pages costs more than computing what
+ * goes there. Does nothing for small ones or where the system has no such call. */
+void ssm_large_pages(void *memory, int64_t bytes);
+
 #endif

@@ -143,7 +143,10 @@ static int make_plan(Plan *p, const ScanArgs *a) {
   }
 
   int64_t slots = min64(wanted, p->segments);
-  p->parts = min64(ceil_div(wanted, max64(slots * a->groups, 1)), p->group_blocks);
+  /* More parts than threads need only where a part keeps enough blocks to make its buffer of sums worth it. */
+  const int64_t apart = max64(slots * a->groups, 1);
+  p->parts = min64(ceil_div(wanted, apart), max64(ceil_div(min64(wanted, a->threads), apart), p->group_blocks / 8));
+  p->parts = min64(p->parts, p->group_blocks);
   /* Slots of about equal steps: a slot ends where the running sum reaches its share. */
   int64_t seen = 0, at = 0;
   p->slot_start[0] = 0;
@@ -188,9 +191,11 @@ static Task task_at(const Plan *p, int64_t index) {
 
 /* ---- forward ----------------------------------------------------------------------------------------------- */
 
-/* `steps` steps of one block. With `emit` the outputs are written; without, only the state moves and dt is summed. */
+/* At most a tile of steps of one block. With `emit` the outputs are written; without, only the state moves and dt is
+ * summed. What does not depend on the state comes first, in a loop of its own: its long chains (exponentials,
+ * divisions) overlap there and would hold up the recurrence. work: (3 * tile,). */
 INLINE void forward_tile(const ScanArgs *a, int full, int emit, Block b, int64_t batch, int64_t row, int64_t step,
-                         int64_t steps, const vf *A2, vf *h, vf *dt_sum) {
+                         int64_t steps, const vf *A2, vf *h, vf *work, vf *dt_sum) {
   const int w = b.width;
   const int64_t n_states = a->states;
   const float *u = a->u + batch * a->u_batch + row * a->u_time + b.channel;
@@ -201,44 +206,54 @@ INLINE void forward_tile(const ScanArgs *a, int full, int emit, Block b, int64_t
   float *out = emit ? a->out + (batch * a->length + row) * a->channels + b.channel : NULL;
   const vf bias = a->delta_bias ? v_load(a->delta_bias + b.channel, full, w) : (vf){0};
   const vf D = a->D ? v_load(a->D + b.channel, full, w) : (vf){0};
+  vf *dts = work, *dtus = work + a->tile, *skips = work + 2 * a->tile;
   vf sum = {0};
   for (int64_t t = 0; t < steps; t++) {
-    vf ut = v_load(u, full, w), dt = v_load(delta, full, w) + bias;
+    vf ut = v_load(u + t * step * a->u_time, full, w), dt = v_load(delta + t * step * a->delta_time, full, w) + bias;
     if (a->softplus) dt = v_softplus(dt);
-    vf dtu = dt * ut, y = D * ut;
+    dts[t] = dt;
+    dtus[t] = dt * ut;
+    skips[t] = D * ut;
     sum += dt;
+  }
+  *dt_sum += sum;
+  for (int64_t t = 0; t < steps; t++) {
+    vf dt = dts[t], dtu = dtus[t], y = skips[t];
     for (int64_t n = 0; n < n_states; n++) {
       h[n] = v_exp2(dt * A2[n]) * h[n] + dtu * B[n];
       if (emit) y += h[n] * C[n];
     }
-    if (emit) {
-      if (z) {
-        vf zt = v_load(z, full, w);
-        y *= zt * v_sigmoid(zt);
-        z += step * a->z_time;
-      }
-      v_store(out, y, full, w);
-      out += step * a->channels;
-    }
-    u += step * a->u_time;
-    delta += step * a->delta_time;
+    skips[t] = y;
+    /* The next block's rows lie beside this one's, a row's stride apart: too far for the hardware to foresee. */
+    __builtin_prefetch(u + t * step * a->u_time + VL);
+    __builtin_prefetch(delta + t * step * a->delta_time + VL);
+    if (z) __builtin_prefetch(z + t * step * a->z_time + VL);
+    if (emit) __builtin_prefetch(out + t * step * a->channels + VL, 1);
     B += step * a->B_time;
     C += step * a->C_time;
   }
-  *dt_sum += sum;
+  if (emit)
+    for (int64_t t = 0; t < steps; t++) {
+      vf y = skips[t];
+      if (z) {
+        vf zt = v_load(z + t * step * a->z_time, full, w);
+        y *= zt * v_sigmoid(zt);
+      }
+      v_store(out + t * step * a->channels, y, full, w);
+    }
 }
 
 static void forward_steps(const Plan *p, int emit, Block b, const Segment *g, int64_t at, int64_t steps, const vf *A2,
-                          vf *h, vf *dt_sum) {
+                          vf *h, vf *work, vf *dt_sum) {
   int64_t row = g->row + at * p->direction;
   if (b.width == VL && emit)
-    forward_tile(p->a, 1, 1, b, g->batch, row, p->direction, steps, A2, h, dt_sum);
+    forward_tile(p->a, 1, 1, b, g->batch, row, p->direction, steps, A2, h, work, dt_sum);
   else if (b.width == VL)
-    forward_tile(p->a, 1, 0, b, g->batch, row, p->direction, steps, A2, h, dt_sum);
+    forward_tile(p->a, 1, 0, b, g->batch, row, p->direction, steps, A2, h, work, dt_sum);
   else if (emit)
-    forward_tile(p->a, 0, 1, b, g->batch, row, p->direction, steps, A2, h, dt_sum);
+    forward_tile(p->a, 0, 1, b, g->batch, row, p->direction, steps, A2, h, work, dt_sum);
   else
-    forward_tile(p->a, 0, 0, b, g->batch, row, p->direction, steps, A2, h, dt_sum);
+    forward_tile(p->a, 0, 0, b, g->batch, row, p->direction, steps, A2, h, work, dt_sum);
 }
 
 /* First pass over split sequences: the state each segment ends in when it starts from 0, and its sum of dt. */
@@ -253,7 +268,8 @@ static void forward_ends(void *context, int64_t index, int thread) {
   vf *h = p->ends + index * N;
   memset(h, 0, (size_t)N * sizeof(vf));
   p->dt_sums[index] = (vf){0};
-  forward_steps(p, 0, b, &g, 0, g.steps, A2, h, &p->dt_sums[index]);
+  for (int64_t at = 0; at < g.steps; at += p->a->tile)
+    forward_steps(p, 0, b, &g, at, min64(p->a->tile, g.steps - at), A2, h, A2 + N, &p->dt_sums[index]);
 }
 
 /* Turns `ends` into the state each segment starts from (forward in time). */
@@ -285,7 +301,7 @@ static void forward_task(void *context, int64_t index, int thread) {
   Task t = task_at(p, index);
   vf *A2 = (vf *)(p->scratch + thread * p->scratch_size);
   vf *h = A2 + (t.last - t.first) * N;
-  vf dt_sum = {0};
+  vf *work = h + (t.last - t.first) * N, dt_sum = {0};
   for (int64_t k = t.first; k < t.last; k++) load_states(a->A, p, block_at(p, k), LOG2E, A2 + (k - t.first) * N);
   for (int64_t i = t.from; i < t.to; i++) {
     const Segment *g = &p->segment[i];
@@ -304,7 +320,7 @@ static void forward_task(void *context, int64_t index, int thread) {
           float *kept = a->kept + tile * a->states * a->channels + b.channel;
           for (int64_t n = 0; n < a->states; n++) v_store(kept + n * a->channels, hk[n], b.width == VL, b.width);
         }
-        forward_steps(p, 1, b, g, at, min64(a->tile, g->steps - at), A2 + (k - t.first) * N, hk, &dt_sum);
+        forward_steps(p, 1, b, g, at, min64(a->tile, g->steps - at), A2 + (k - t.first) * N, hk, work, &dt_sum);
       }
     if (g->last)
       for (int64_t k = t.first; k < t.last; k++)
@@ -314,8 +330,11 @@ static void forward_task(void *context, int64_t index, int thread) {
 
 int ssm_selective_scan_fwd(const ScanArgs *a) {
   Plan p;
-  int failed = make_plan(&p, a) || take_scratch(&p, 2 * max64(p.group_blocks, 1) * p.padded);
+  int failed = make_plan(&p, a) || take_scratch(&p, 2 * p.group_blocks * p.padded + 3 * a->tile);
   if (!failed) {
+    ssm_large_pages(a->out, a->batch * a->length * a->channels * 4);
+    const Segment *last = p.segments ? &p.segment[p.segments - 1] : NULL;
+    if (last) ssm_large_pages(a->kept, (last->tile + ceil_div(last->steps, a->tile)) * a->states * a->channels * 4);
     if (p.ends) {
       ssm_parallel(forward_ends, &p, p.segments * p.blocks, (int)min64(a->threads, p.slots * p.parts * a->groups));
       join_ends(&p, (vf *)p.scratch, (vf *)p.scratch + p.padded);
@@ -432,6 +451,10 @@ INLINE void backward_tile(const Plan *p, int full, Block b, int64_t batch, int64
       vf o = v_load(dout + t * d * a->dout_time, full, width);
       v_store(a->dz + at + t * d * a->channels, o * w->y[t] * (s + zt * (s * (1.0f - s))), full, width);
     }
+    __builtin_prefetch(u + t * d * a->u_time + VL);
+    __builtin_prefetch(delta + t * d * a->delta_time + VL);
+    if (z) __builtin_prefetch(z + t * d * a->z_time + VL);
+    __builtin_prefetch(dout + t * d * a->dout_time + VL);
     v_store(a->du + at + t * d * a->channels, w->ddtu[t] * w->dt[t] + D * dy, full, width);
     v_store(a->ddelta + at + t * d * a->channels, ddelta, full, width);
     sum_D += dy * ut;
@@ -629,6 +652,10 @@ int ssm_selective_scan_bwd(const ScanArgs *a) {
     }
     failed = failed || !p.part_dA || !p.part_dD || !p.part_bias;
     if (!failed) {
+      const int64_t bytes = a->batch * a->length * a->channels * 4;
+      ssm_large_pages(a->du, bytes);
+      ssm_large_pages(a->ddelta, bytes);
+      ssm_large_pages(a->dz, bytes);
       const int64_t tasks = p.slots * p.parts * a->groups;
       if (p.ends) {
         ssm_parallel(adjoint_ends, &p, p.segments * p.blocks, (int)min64(a->threads, tasks));
