@@ -73,7 +73,6 @@ def load_pretrained(
     if part == "backbone":
         tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
     load_weights(model, tensors, str(found))
-    model.requires_grad_(True)
     return model.to(device=device or "cpu", dtype=dtype).eval()
 
 

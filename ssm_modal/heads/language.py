@@ -9,9 +9,10 @@ from torch import Tensor, nn
 class LanguageHead(nn.Module):
     """(..., d_model) to (..., vocab_size) logits, at any positions chosen.
 
-    `embedding`: the token embedding whose weight a tied head reads, or None for a weight of its own. A tied head owns
-    no parameter, so that the weight exists once, in the state dict too. `rows` (at least vocab_size) is the height of
-    the weight; logits of its padding are cut off, so that no id beyond the vocabulary can be predicted.
+    `embedding`: the token embedding whose weight a tied head reads, or None for a weight of its own. A tied
+    head owns no parameter, so that the weight exists once, in the state dict too. `rows` (at least
+    vocab_size) is the height of the weight; logits of its padding are cut off, so that no id beyond the
+    vocabulary can be predicted.
     """
 
     def __init__(self, d_model: int, vocab_size: int, *, rows: int, embedding: nn.Embedding | None) -> None:

@@ -203,6 +203,14 @@ def test_overrides_short_dotted_and_nested() -> None:
     assert model_config("mamba_lm", mixer=AttentionConfig(n_heads=2)).backbone.mixer.n_heads == 2  # type: ignore[attr-defined]
 
 
+def test_a_pattern_may_be_given_as_plain_data() -> None:
+    plain = [{"type": "mamba", "d_state": 4}, {"type": "attention", "n_heads": 2}]
+    config = model_config("mamba_lm", mixer=plain, n_heads=4)
+    assert config.backbone.mixer == (MambaConfig(d_state=4), AttentionConfig(n_heads=4))  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"mixer\.1: unknown key 'n_head'; did you mean 'n_heads'"):
+        model_config("mamba_lm", mixer=[plain[0], {"type": "attention", "n_head": 2}])
+
+
 def test_overrides_reach_into_patterns() -> None:
     every = model_config("hybrid_lm", d_state=3).backbone.mixer  # type: ignore[attr-defined]
     assert [getattr(m, "d_state", None) for m in every] == [3, 3, 3, 3, None, 3, 3, 3]
