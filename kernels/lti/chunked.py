@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssm_modal.kernels.checks import complex_dtype, state_dtype
+from ssm_modal.kernels.precision import without_autocast
 from ssm_modal.kernels.scan.carry import carry_entering
 from ssm_modal.kernels.sequences import ChunkTable, Sequences
 
@@ -66,6 +67,23 @@ def lti_scan_chunked(
     with_final: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, final_state) on checked arguments; the final state is None unless `with_final`."""
+    with without_autocast(u.device):
+        return _forward(u, dt, A, B, C, D, z, initial_state, seqs, reverse, with_final)
+
+
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seqs: Sequences | None,
+    reverse: bool,
+    with_final: bool,
+) -> tuple[Tensor, Tensor | None]:
     length = u.shape[1]
     wide = state_dtype(u.dtype)
     inputs = u.to(wide)
@@ -112,7 +130,7 @@ class _Powers:
         return torch.exp(self.w.unsqueeze(-1) * steps).to(self.dtype)
 
     def factors(self, n: int) -> tuple[Tensor, Tensor]:
-        """Factors (d_inner, d_state, n / T') and (d_inner, d_state, T') of exp(w j), j = 0 ... at least n - 1."""
+        """Factors (d_inner, d_state, n / T') and (d_inner, d_state, T') of exp(w j), j = 0 ... n - 1."""
         inner = math.isqrt(max(n - 1, 0)) + 1
         coarse = torch.arange(0, n, inner, device=self.w.device)
         return self.at(coarse), self.at(torch.arange(inner, device=self.w.device))
@@ -232,7 +250,7 @@ def _complex(m: Tensor) -> Tensor:
 def _carry(
     last: Tensor, powers: _Powers, cut: _Cut, initial: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The states entering the chunks, (d_inner, rows, d_state), and the final states, (..., d_inner, d_state)."""
+    """States entering the chunks, (d_inner, rows, d_state), and final states, (..., d_inner, d_state)."""
     d_inner, d_state = powers.w.shape
     # A chunk decays by its own number of steps, the last chunk of a sequence by fewer.
     counts = (cut.end - cut.start).to(torch.float64)

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_modal.kernels.checks import state_dtype
+from ssm_modal.kernels.precision import without_autocast
 from ssm_modal.kernels.scan.carry import carry_entering
 from ssm_modal.kernels.sequences import ChunkTable, Sequences
 
@@ -238,6 +240,24 @@ def selective_scan_fwd(
 
     boundaries: the state entering each chunk, (chunks, groups, d_state, d_inner / groups).
     """
+    with without_autocast(u.device):
+        return _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse)
+
+
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seqs: Sequences | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     cut = _Cut.of(u, seqs)
     groups = B.shape[2]
     rows = _prepare(u, _step_sizes(delta, delta_bias, delta_softplus), A, B, C, cut)
@@ -287,6 +307,19 @@ def _strided(k: int, cut: _Cut) -> slice:
     return slice(k, None, cut.per_batch)
 
 
+Gradients: TypeAlias = tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+]
+
+
 def selective_scan_bwd(
     dout: Tensor,
     dfinal_state: Tensor | None,
@@ -303,18 +336,32 @@ def selective_scan_bwd(
     seqs: Sequences | None,
     reverse: bool,
     boundaries: Tensor,
-) -> tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-]:
+) -> Gradients:
     """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where the argument was None."""
+    with without_autocast(u.device):
+        return _backward(
+            dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs,
+            reverse, boundaries,
+        )  # fmt: skip
+
+
+def _backward(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seqs: Sequences | None,
+    reverse: bool,
+    boundaries: Tensor,
+) -> Gradients:
     cut = _Cut.of(u, seqs)
     groups = B.shape[2]
     wide = state_dtype(u.dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_modal.kernels.checks import FLOATING, check_device, check_dtype, check_same, check_shape, state_dtype
+from ssm_modal.kernels.precision import without_autocast
 
 OP = "selective_scan_step"
 
@@ -32,7 +33,8 @@ def selective_scan_step(
     Raises TypeError and ValueError for wrong dtypes, shapes and devices.
     """
     B, C = _check(u, delta, A, B, C, state, D, z, delta_bias)
-    return _step(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
+    with without_autocast(u.device):
+        return _step(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
 
 
 def selective_scan_step_(
@@ -59,7 +61,8 @@ def selective_scan_step_(
             "selective_scan_step_ works in place and records no gradients; call it under torch.no_grad(), "
             "or selective_scan_step"
         )
-    out, new = _step(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
+    with without_autocast(u.device):
+        out, new = _step(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
     state.copy_(new)
     return out
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_modal.kernels import BackendError, Sequences, selective_scan, selective_scan_ref
+from ssm_modal.kernels import BackendError, Sequences, selective_scan, selective_scan_ref, selective_scan_step
 from ssm_modal.kernels.scan import custom_op
 from tests.kernels.laws import Place, leaves, places, skip_unless_served, values_and_gradients
 from tests.kernels.test_selective_scan import Case
@@ -108,9 +108,9 @@ def raw_arguments(case: Case, place: Place) -> tuple[Any, ...]:
 def test_opcheck(place: Place, case: Case) -> None:
     if place.interpreted and case.lengths is not None:
         pytest.skip("one case is enough for the interpreter")
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    if not place.interpreted:
-        tests += ("test_aot_dispatch_dynamic",)
+    tests: tuple[str, ...] = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if not place.interpreted:  # there test_compiled_whole_graph stands for these
+        tests += ("test_aot_dispatch_static", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
         torch.ops.ssm_modal.selective_scan_fwd.default, raw_arguments(case, place), test_utils=tests
     )
@@ -209,14 +209,29 @@ def test_sequences_are_rebuilt_once_and_survive_a_reused_buffer() -> None:
     assert custom_op.cached_sequences(borders, [5, 2]) is not first
 
 
-def test_autocast_casts_nothing() -> None:
-    arguments = Case(length=20).arguments(CPU)
+def test_autocast_casts_nothing(place: Place) -> None:
+    arguments = Case(batch=1, length=9).arguments(place.device)
+    options = {"return_final_state": True, "backend": place.backend}
+    expected, gradients = values_and_gradients(selective_scan, leaves(arguments), options)
+    with torch.autocast(place.device.type, torch.bfloat16):
+        outs, cast_gradients = values_and_gradients(selective_scan, leaves(arguments), options)
+        direct, _ = selective_scan(**arguments, return_final_state=True, backend=place.backend)
+    assert [out.dtype for out in outs] == [torch.float32] * 2
+    assert torch.equal(direct, expected[0])
+    for one, other in zip(outs, expected):
+        assert torch.equal(one, other)
+    for name, gradient in gradients.items():
+        assert_close(cast_gradients[name], gradient, 1e-6, name)
+
+
+def test_autocast_and_the_step() -> None:
+    arguments = {k: v[:, 0] if v.ndim == 3 else v for k, v in Case(length=1, given=()).arguments(CPU).items()}
+    arguments["state"] = torch.randn(2, 4, 3)
+    expected = selective_scan_step(**arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        out, final = selective_scan(**arguments, return_final_state=True, backend="torch")
-    plain, plain_final = selective_scan(**arguments, return_final_state=True, backend="torch")
-    assert out.dtype == torch.float32
-    assert_close(out, plain, 1e-6)
-    assert_close(final, plain_final, 1e-6)
+        cast = selective_scan_step(**arguments)
+    assert torch.equal(cast[0], expected[0])
+    assert torch.equal(cast[1], expected[1])
 
 
 def test_large_steps_and_small_steps() -> None:
