@@ -1,0 +1,104 @@
+"""Inputs of the selective scan as a Mamba layer makes them, and the reference's results on them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ssm_modal.kernels.scan.ref import selective_scan_ref
+
+
+@dataclass(frozen=True)
+class ScanInputs:
+    """u, delta, z, dout: (batch, length, d_inner); A: (d_inner, d_state); B, C: (batch, length, d_state);
+    D, delta_bias: (d_inner,). `dout` is the gradient handed to the output."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    z: Tensor
+    delta_bias: Tensor
+    dout: Tensor
+
+    @property
+    def shape(self) -> str:
+        batch, length, d_inner = self.u.shape
+        dtype = str(self.u.dtype).removeprefix("torch.")
+        return f"B{batch} D{d_inner} L{length} N{self.A.shape[1]} {dtype}"
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The eight inputs, each a leaf that takes a gradient."""
+        given = (self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.delta_bias)
+        return tuple(t.detach().requires_grad_() for t in given)
+
+
+GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias")
+
+
+def scan_inputs(
+    batch: int, d_inner: int, length: int, d_state: int, device: torch.device | str, dtype: torch.dtype
+) -> ScanInputs:
+    """Random inputs with Mamba's initial A (-1 .. -d_state) and step sizes (0.001 to 0.1 after softplus)."""
+    make = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make).to(device, dtype)
+
+    dt = torch.exp(torch.rand(d_inner, generator=make) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+    A = -torch.arange(1, d_state + 1, dtype=torch.float32).repeat(d_inner, 1)
+    return ScanInputs(
+        u=normal(batch, length, d_inner),
+        delta=normal(batch, length, d_inner),
+        A=A.to(device),
+        B=normal(batch, length, d_state),
+        C=normal(batch, length, d_state),
+        D=torch.ones(d_inner, device=device),
+        z=normal(batch, length, d_inner),
+        delta_bias=torch.log(torch.expm1(dt)).to(device),
+        dout=normal(batch, length, d_inner),
+    )
+
+
+def _slab(x: ScanInputs, channels: slice) -> ScanInputs:
+    """The inputs of some channels alone, in fp64: channels meet only in the gradients of B and C."""
+    wide = replace(x, **{k: getattr(x, k).double() for k in x.__dataclass_fields__})
+    over = {k: getattr(wide, k)[..., channels] for k in ("u", "delta", "z", "dout", "D", "delta_bias")}
+    return replace(wide, A=wide.A[channels], **over)
+
+
+def reference_output(x: ScanInputs, slab: int = 512) -> Tensor:
+    """The reference loop's output in fp64, some channels at a time."""
+    outs = []
+    for start in range(0, x.u.shape[2], slab):
+        s = _slab(x, slice(start, start + slab))
+        with torch.no_grad():
+            out = selective_scan_ref(
+                s.u, s.delta, s.A, s.B, s.C, D=s.D, z=s.z, delta_bias=s.delta_bias, delta_softplus=True
+            )
+        assert isinstance(out, Tensor)
+        outs.append(out)
+    return torch.cat(outs, dim=2)
+
+
+def reference_gradients(x: ScanInputs, slab: int = 256) -> tuple[Tensor, ...]:
+    """Gradients of <out, dout> by autograd through the reference loop in fp64, in the order of GRADIENTS."""
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, x.u.shape[2], slab):
+        s = _slab(x, slice(start, start + slab))
+        u, delta, A, B, C, D, z, bias = leaves = s.leaves()
+        out = selective_scan_ref(u, delta, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True)
+        assert isinstance(out, Tensor)
+        parts.append(torch.autograd.grad(out, leaves, s.dout))
+    joined = []
+    for name, pieces in zip(GRADIENTS, zip(*parts)):
+        if name in ("dB", "dC"):
+            joined.append(torch.stack(pieces).sum(0))
+        else:
+            joined.append(torch.cat(pieces, dim=0 if name == "dA" else -1))
+    return tuple(joined)
