@@ -29,8 +29,8 @@ class LanguageModelling(TrainingTask):
         stream: when to take the streamed loss beside the loss over windows: the whole text in one pass with
             the state carried, so that every token is predicted from all text before it. "off", "validate"
             (each validation) or "test" (`ssm-modal test`, and after training). Needs a data module with
-            `stream(split)`: the ids of "validation" or "test" (tokens,), or batches of one row in order.
-        stream_segment: tokens that go through the model at once, where `stream` gives ids.
+            `stream(split)`: all ids of "validation" or "test" in order (tokens,).
+        stream_segment: tokens that go through the model at once in the streamed pass.
 
     Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a token, the mean over all targets),
     `perplexity`, `bits_per_byte` where the data module has `bytes_per_token(split)`, and `stream_loss` and
@@ -95,14 +95,10 @@ class LanguageModelling(TrainingTask):
                 f"stream is {self.stream!r}, but {type(self._datamodule).__name__} has no stream(split) that "
                 "gives a split in order; set stream: off"
             )
-        source = ask(split)
-        if not isinstance(source, Tensor):
-            for batch in source:
-                yield batch["ids"], batch["labels"]
-            return
-        last = source.shape[0] - 1
+        whole = ask(split)
+        last = whole.shape[0] - 1
         for start in range(0, last, self.stream_segment):
-            window = source[start : min(start + self.stream_segment, last) + 1].to(torch.int64)[None]
+            window = whole[start : min(start + self.stream_segment, last) + 1].to(torch.int64)[None]
             yield window[:, :-1], window[:, 1:]
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:

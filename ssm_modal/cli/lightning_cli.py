@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -72,6 +71,7 @@ class TrainingCLI(LightningCLI):
         quieten()
         self.given = list(args)
         self.resume_from: Path | None = None
+        self.resume_step = 0
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -157,6 +157,8 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             self._check_fit(settings.trainer)
         self.resume_from = self._find_checkpoint(settings)
+        if self.subcommand == "fit" and self.resume_from is not None:
+            self.resume_step = int(AtomicCheckpointIO().load_checkpoint(self.resume_from)["global_step"])
 
     def _check_fit(self, trainer: Any) -> None:
         if trainer.max_steps < 1 and not trainer.fast_dev_run:
@@ -202,16 +204,14 @@ class TrainingCLI(LightningCLI):
 
     def _loggers(self) -> list[Any]:
         loggers: list[Any] = [CsvLogger(self.folder.path)]
-        purge = None
-        if self.resume_from is not None:
-            purge = int(torch.load(self.resume_from, map_location="cpu", weights_only=True)["global_step"])
         loggers.append(
             TensorBoardLogger(
                 str(self.folder.path),
                 name="tensorboard",
                 version="",
                 default_hp_metric=False,
-                **({"purge_step": purge} if purge is not None else {}),
+                # Events of steps that will be taken again are hidden.
+                **({"purge_step": self.resume_step} if self.resume_from is not None else {}),
             )
         )
         return loggers
@@ -246,11 +246,9 @@ class TrainingCLI(LightningCLI):
 
     def _forget_after_checkpoint(self) -> None:
         """Drop the logged rows of steps that will be taken again."""
-        assert self.resume_from is not None
-        step = int(torch.load(self.resume_from, map_location="cpu", weights_only=True)["global_step"])
         for logger in self.trainer.loggers:
             if isinstance(logger, CsvLogger):
-                logger.drop_from(step)
+                logger.drop_from(self.resume_step)
 
     def save_config(self) -> None:
         """Write the whole configuration to the run's folder, from where it runs again."""

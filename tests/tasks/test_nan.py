@@ -1,0 +1,98 @@
+"""A loss or gradient that is not finite stops the run, and the message says when and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ssm_modal.cli.main import main
+from tests.tasks.tiny import command, load
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ssm-modal"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+class Poison(Callback):
+    """From training batch `batch` on, make the output of the module called `where` (or a gradient) NaN."""
+
+    def __init__(self, batch: int, where: str, what: str = "output") -> None:
+        self.batch, self.where, self.what = batch, where, what
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+
+        def spoil(value: torch.Tensor) -> torch.Tensor:
+            return value * torch.nan if progress.total.ready >= self.batch else value
+
+        if self.what == "gradient":
+            pl_module.get_parameter(self.where).register_hook(spoil)
+        else:
+            pl_module.get_submodule(self.where).register_forward_hook(lambda m, i, out: spoil(out))
+
+
+def poison(**init: Any) -> dict[str, str]:
+    inside = ", ".join(f"{k}: {v}" for k, v in init.items())
+    return {"trainer.callbacks": f"[{{class_path: tests.tasks.test_nan.Poison, init_args: {{{inside}}}}}]"}
+
+
+def linear_name() -> str:
+    """A linear layer inside the model's last mixer, by its full name in the task."""
+    import ssm_modal
+    from tests.tasks.tiny import OVERRIDES
+
+    model = ssm_modal.create_model("mamba_lm", **OVERRIDES)
+    return "model." + next(n for n, m in model.named_modules() if n.endswith("out_proj"))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_says_at_which_step_and_in_which_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], accumulate: int
+) -> None:
+    run_dir, where = tmp_path / "run", linear_name()
+    # With accumulation the third step is batches 5 and 6: the first of them is broken already.
+    batch = 3 if accumulate == 1 else 5
+    options = {"trainer.accumulate_grad_batches": accumulate, **poison(batch=batch, where=where)}
+    assert main(command(run_dir, max_steps=6, **options)) == 1
+    error = capsys.readouterr().err
+    assert f"the loss is nan at step 3 (batch {batch})" in error
+    assert f"first showed in the output of {where} (Linear)" in error
+    saved = load(run_dir)
+    assert saved["global_step"] == 2
+    assert all(v.isfinite().all() for v in saved["state_dict"].values())
+
+
+def test_gradient_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = linear_name() + ".weight"
+    options = poison(batch=2, where=name, what="gradient")
+    assert main(command(tmp_path / "run", max_steps=6, **options)) == 1
+    error = capsys.readouterr().err
+    assert "the loss is finite at step 2 but the gradient is not" in error
+    assert f"the gradient of {name} (1 in all)" in error
+    assert load(tmp_path / "run")["global_step"] == 1
+
+
+def test_names_a_parameter_that_was_broken_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.tasks import tiny
+
+    start = tiny.TinyData.setup
+
+    def setup(self: Any, stage: str) -> None:
+        start(self, stage)
+        with torch.no_grad():
+            dict(self.trainer.lightning_module.named_parameters())[linear_name() + ".weight"][0, 0] = torch.inf
+
+    monkeypatch.setattr(tiny.TinyData, "setup", setup)
+    assert main(command(tmp_path / "run", max_steps=6)) == 1
+    error = capsys.readouterr().err
+    assert "at step 1" in error
+    assert f"the parameter {linear_name()}.weight" in error
+    assert not (tmp_path / "run" / "checkpoints").exists()
