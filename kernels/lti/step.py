@@ -73,8 +73,13 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     wide = state_dtype(u.dtype)
     inputs = u.to(wide)
-    drive = zero_order_hold(dt, A) * B * inputs.unsqueeze(-1)
-    new = torch.addcmul(drive, torch.exp(dt.unsqueeze(-1) * A), state)
+    w = dt.to(A.dtype).unsqueeze(-1) * A
+    if torch.is_grad_enabled() and (dt.requires_grad or A.requires_grad):
+        hold = zero_order_hold(dt, A)
+    else:  # as good without its derivative, and in single precision
+        hold = torch.where(A == 0, dt.unsqueeze(-1), torch.expm1(w) / torch.where(A == 0, 1, A))
+    drive = hold * B * inputs.unsqueeze(-1)
+    new = torch.addcmul(drive, torch.exp(w), state)
     y = 2 * (C * new).sum(-1).real
     if D is not None:
         y = y + D * inputs
