@@ -9,7 +9,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ssm_modal.kernels.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+    from ssm_modal.kernels.conv import (
+        causal_conv1d,
+        causal_conv1d_ref,
+        causal_conv1d_step,
+        causal_conv1d_step_,
+    )
     from ssm_modal.kernels.dispatch import BackendError, Choice, explain, use_backend
     from ssm_modal.kernels.lti import lti_scan, lti_scan_ref, lti_scan_step, lti_scan_step_
     from ssm_modal.kernels.norm import rms_norm, rms_norm_ref
@@ -29,6 +34,7 @@ _HOMES = {
     "causal_conv1d": "conv",
     "causal_conv1d_ref": "conv",
     "causal_conv1d_step": "conv",
+    "causal_conv1d_step_": "conv",
     "explain": "dispatch",
     "lti_scan": "lti",
     "lti_scan_ref": "lti",
@@ -51,6 +57,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_ref",
     "causal_conv1d_step",
+    "causal_conv1d_step_",
     "explain",
     "lti_scan",
     "lti_scan_ref",

@@ -14,15 +14,12 @@ the entering states only and rebuilds the states inside a chunk; the adjoint of 
 
 is a scan of the same form against time and takes the same passes. Nothing is inverted and nothing is divided
 by a decay. Packed sequences are cut by a chunk table, so that no chunk crosses a border.
-
-Layout inside: a chunk is a row; (rows, groups, d_state, channels of a group), so that the innermost loop runs
-over channels. Steps that pad a chunk have dt = 0 and x = 0: they hand the state through, in either direction.
+The layout is described in `rows.py`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -32,14 +29,8 @@ from torch import Tensor
 from ssm_modal.kernels.checks import state_dtype
 from ssm_modal.kernels.precision import without_autocast
 from ssm_modal.kernels.scan.carry import carry_entering
-from ssm_modal.kernels.sequences import ChunkTable, Sequences
-
-MAX_CHUNK = 64
-
-
-def chunk_size(longest: int) -> int:
-    """Steps of a chunk where the longest sequence has `longest` steps."""
-    return max(1, min(MAX_CHUNK, math.isqrt(max(longest - 1, 0)) + 1))
+from ssm_modal.kernels.scan.rows import Cut, Rows, chunk_size, from_groups, in_groups, prepare
+from ssm_modal.kernels.sequences import Sequences
 
 
 def boundaries_shape(
@@ -51,123 +42,11 @@ def boundaries_shape(
     return rows, groups, d_state, d_inner // groups if groups else 0
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """How the time axis becomes rows of `size` steps; `table` for packed sequences."""
-
-    size: int
-    batch: int
-    length: int
-    table: ChunkTable | None
-
-    @classmethod
-    def of(cls, u: Tensor, seqs: Sequences | None) -> _Cut:
-        size = chunk_size(max(seqs.lengths) if seqs is not None else u.shape[1])
-        return cls(size, u.shape[0], u.shape[1], seqs.chunks(size) if seqs is not None else None)
-
-    @property
-    def per_batch(self) -> int:
-        return -(-self.length // self.size)
-
-    @property
-    def n(self) -> int:
-        """Number of rows."""
-        return self.batch * self.per_batch if self.table is None else self.table.n_chunks
-
-    def rows(self, x: Tensor) -> Tensor:
-        """(batch, length, ...) -> (rows, size, ...), zeros where a chunk is padded."""
-        rest = x.shape[2:]
-        if self.table is None:
-            missing = self.per_batch * self.size - self.length
-            if missing:
-                x = F.pad(x, (*(0, 0) * len(rest), 0, missing))
-            return x.reshape(self.batch * self.per_batch, self.size, *rest)
-        at = self.table.start.unsqueeze(1) + torch.arange(self.size, device=x.device)
-        inside = at < self.table.end.unsqueeze(1)
-        at = at.clamp(max=max(self.length - 1, 0))
-        taken = x[0].index_select(0, at.reshape(-1)).reshape(*at.shape, *rest)
-        return taken.masked_fill_(~inside.reshape(*at.shape, *(1 for _ in rest)), 0)
-
-    def unrows(self, x: Tensor) -> Tensor:
-        """The inverse of `rows`."""
-        rest = x.shape[2:]
-        if self.table is None:
-            return x.reshape(self.batch, self.per_batch * self.size, *rest)[:, : self.length]
-        # The chunks of the table stand in the order of time.
-        steps = torch.arange(self.length, device=x.device)
-        chunk = torch.searchsorted(self.table.start, steps, right=True) - 1
-        return x[chunk, steps - self.table.start[chunk]].unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The op's inputs in rows, widened.
-
-    dt, x = dt * u: (rows, size, groups, 1, channels). A, A_log2 = A * log2(e): (groups, d_state, channels),
-    as exp2 is many times faster than exp on the CPU. B, C: (rows, size, groups, d_state).
-    """
-
-    dt: Tensor
-    x: Tensor
-    A: Tensor
-    A_log2: Tensor
-    B: Tensor
-    C: Tensor
-
-    @property
-    def n(self) -> int:
-        return self.dt.shape[0]
-
-    @property
-    def size(self) -> int:
-        return self.dt.shape[1]
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        groups, d_state, channels = self.A.shape
-        return groups, d_state, channels
-
-    def order(self, reverse: bool) -> range:
-        """Steps of a chunk in the order of the scan."""
-        return range(self.size - 1, -1, -1) if reverse else range(self.size)
-
-
-def _in_groups(state: Tensor, groups: int) -> Tensor:
-    """(rows, d_inner, d_state) -> (rows, groups, d_state, channels)."""
-    rows, d_inner, d_state = state.shape
-    return state.reshape(rows, groups, d_inner // groups, d_state).transpose(2, 3).contiguous()
-
-
-def _from_groups(state: Tensor) -> Tensor:
-    """The inverse of `_in_groups`."""
-    rows, groups, d_state, channels = state.shape
-    return state.transpose(2, 3).reshape(rows, groups * channels, d_state)
-
-
 def _step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
     dt = delta.to(state_dtype(delta.dtype))
     if delta_bias is not None:
         dt = dt + delta_bias
     return F.softplus(dt, threshold=20.0) if delta_softplus else dt
-
-
-def _prepare(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cut: _Cut) -> _Rows:
-    groups = B.shape[2]
-    d_inner, d_state = A.shape
-    wide = dt.dtype
-
-    def channels(t: Tensor) -> Tensor:
-        return cut.rows(t).reshape(cut.n, cut.size, groups, 1, d_inner // groups)
-
-    A = A.reshape(groups, d_inner // groups, d_state).transpose(1, 2).contiguous()
-    return _Rows(
-        dt=channels(dt),
-        x=channels(dt * u),
-        A=A,
-        A_log2=A * math.log2(math.e),
-        B=cut.rows(B.to(wide)),
-        C=cut.rows(C.to(wide)),
-    )
 
 
 def _blocks(total: int, a_row: int, target: int) -> list[slice]:
@@ -176,7 +55,7 @@ def _blocks(total: int, a_row: int, target: int) -> list[slice]:
     return [slice(at, min(at + take, total)) for at in range(0, total, take)]
 
 
-def _serial(rows: _Rows, cut: _Cut) -> bool:
+def _serial(rows: Rows, cut: Cut) -> bool:
     """Whether one pass, chunk after chunk, has enough to do at each step."""
     a_step = cut.batch * math.prod(rows.state_shape)
     return cut.table is None and (cut.per_batch == 1 or a_step >= (1 << 20 if rows.dt.is_cuda else 1 << 14))
@@ -189,7 +68,7 @@ def _target(device: torch.device, backward: bool) -> int:
     return 1 << 19 if backward else 1 << 21
 
 
-def _last_states(rows: _Rows, drive: Tensor, vector: Tensor, reverse: bool, adjoint: bool) -> Tensor:
+def _last_states(rows: Rows, drive: Tensor, vector: Tensor, reverse: bool, adjoint: bool) -> Tensor:
     """Pass 1: the last state of each chunk from a zero state, (rows, groups, d_state, channels).
 
     Forward: h = exp(dt A) h + B x, with drive x and vector B. Adjoint: q = exp(dt A) (q + C dy), against the
@@ -210,7 +89,7 @@ def _last_states(rows: _Rows, drive: Tensor, vector: Tensor, reverse: bool, adjo
 
 
 def _entering(
-    rows: _Rows, cut: _Cut, last: Tensor, initial: Tensor | None, reverse: bool
+    rows: Rows, cut: Cut, last: Tensor, initial: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Pass 2: the state entering each chunk, and the one leaving the last chunk of each sequence."""
     decay = torch.exp2(rows.dt.sum(1) * rows.A_log2)
@@ -258,10 +137,10 @@ def _forward(
     seqs: Sequences | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cut = _Cut.of(u, seqs)
+    cut = Cut.of(u, seqs)
     groups = B.shape[2]
-    rows = _prepare(u, _step_sizes(delta, delta_bias, delta_softplus), A, B, C, cut)
-    initial = None if initial_state is None else _in_groups(initial_state, groups)
+    rows = prepare(u, _step_sizes(delta, delta_bias, delta_softplus), A, B, C, cut)
+    initial = None if initial_state is None else in_groups(initial_state, groups)
     y = torch.empty_like(rows.x)
     if _serial(rows, cut):
         boundaries, final = _serial_forward(rows, cut, initial, reverse, y)
@@ -275,10 +154,10 @@ def _forward(
         out = torch.addcmul(out, u.to(out.dtype), D)
     if z is not None:
         out = out * F.silu(z.to(out.dtype))
-    return out.to(u.dtype).contiguous(), _from_groups(final), boundaries
+    return out.to(u.dtype).contiguous(), from_groups(final), boundaries
 
 
-def _advance(rows: _Rows, block: slice, h: Tensor, reverse: bool, y: Tensor) -> Tensor:
+def _advance(rows: Rows, block: slice, h: Tensor, reverse: bool, y: Tensor) -> Tensor:
     """Run the chunks of `block` from their entering states `h` (overwritten), writing outputs to `y`."""
     decay = torch.empty_like(h)
     dt, x, out = rows.dt[block].unbind(1), rows.x[block].unbind(1), y[block].unbind(1)
@@ -291,7 +170,7 @@ def _advance(rows: _Rows, block: slice, h: Tensor, reverse: bool, y: Tensor) -> 
 
 
 def _serial_forward(
-    rows: _Rows, cut: _Cut, initial: Tensor | None, reverse: bool, y: Tensor
+    rows: Rows, cut: Cut, initial: Tensor | None, reverse: bool, y: Tensor
 ) -> tuple[Tensor, Tensor]:
     shape = (cut.batch, cut.per_batch, *rows.state_shape)
     boundaries = torch.empty(shape, dtype=rows.dt.dtype, device=rows.dt.device)
@@ -302,7 +181,7 @@ def _serial_forward(
     return boundaries.view(rows.n, *rows.state_shape), h
 
 
-def _strided(k: int, cut: _Cut) -> slice:
+def _strided(k: int, cut: Cut) -> slice:
     """The rows that are chunk `k` of each batch entry."""
     return slice(k, None, cut.per_batch)
 
@@ -362,17 +241,17 @@ def _backward(
     reverse: bool,
     boundaries: Tensor,
 ) -> Gradients:
-    cut = _Cut.of(u, seqs)
+    cut = Cut.of(u, seqs)
     groups = B.shape[2]
     wide = state_dtype(u.dtype)
     dt = _step_sizes(delta, delta_bias, delta_softplus)
-    rows = _prepare(u, dt, A, B, C, cut)
+    rows = prepare(u, dt, A, B, C, cut)
     dy = dout.to(wide)
     if z is not None:
         gate = torch.sigmoid(z.to(wide))
         dy = dy * (z * gate)
     grads = _Gradients(rows, cut.rows(dy).reshape(rows.x.shape), with_y=z is not None)
-    carry = None if dfinal_state is None else _in_groups(dfinal_state, groups)
+    carry = None if dfinal_state is None else in_groups(dfinal_state, groups)
 
     if _serial(rows, cut):
         leaving = boundaries.new_zeros(cut.batch, *rows.state_shape) if carry is None else carry.clone()
@@ -412,14 +291,14 @@ def _backward(
         dD,
         dz,
         ddelta_bias,
-        None if initial_state is None else _from_groups(dinitial),
+        None if initial_state is None else from_groups(dinitial),
     )
 
 
 class _Gradients:
     """Buffers in rows for the gradients, and pass 3 of the backward, which fills them block by block."""
 
-    def __init__(self, rows: _Rows, dy: Tensor, with_y: bool) -> None:
+    def __init__(self, rows: Rows, dy: Tensor, with_y: bool) -> None:
         self.rows, self.dy = rows, dy
         self.dx, self.ddt = torch.empty_like(rows.x), torch.empty_like(rows.x)
         self.y = torch.empty_like(rows.x) if with_y else rows.x

@@ -117,6 +117,8 @@ def _check(
     batch, d_inner = u.shape
     check_shape(OP, "A", A, (d_inner, "d_state"), "(d_inner, d_state)")
     d_state = A.shape[1]
+    if not 1 <= d_state <= 256:
+        raise ValueError(f"{OP}: A has d_state {d_state}, expected 1 to 256")
     check_shape(OP, "delta", delta, (batch, d_inner), "(batch, d_inner), the shape of u")
     if z is not None:
         check_shape(OP, "z", z, (batch, d_inner), "(batch, d_inner), the shape of u")
