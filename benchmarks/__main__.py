@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: times the ops beside their peers; `--help` lists the options, `--list` the cases."""
+"""`python -m benchmarks`: the ops beside their peers; `--help` lists the options, `--list` the cases."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What every benchmark shares: checks first, then medians timed in turn, then ratios against bars.
 
-A case is a function that checks its op against a reference and, only where every check passed, times it beside
-its peers. Candidates are timed in turn, round after round, so that a machine that slows down slows all of them.
+A case is a function that checks its op against a reference and, only where every check passed, times it
+beside its peers. Candidates are timed in turn, round after round: a machine that slows down slows all.
 """
 
 from __future__ import annotations
