@@ -179,8 +179,11 @@ def option_tree(args: Sequence[str]) -> dict[str, Any]:
         for part in parents:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                break
+                # `--model some.Class` is short for `--model.class_path some.Class`.
+                child = node[part] = {"class_path": child}
             node = child
+        if isinstance(node.get(last), dict):
+            node[last]["class_path"] = value
         else:
             node[last] = value
     return tree

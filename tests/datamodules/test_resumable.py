@@ -68,7 +68,14 @@ def test_two_processes_take_what_one_takes_in_twice_the_batch() -> None:
 def test_seeds_are_fixed_and_unrelated(monkeypatch: pytest.MonkeyPatch) -> None:
     # The value itself is part of the contract: a run resumed by a later version must see the same data.
     assert derived_seed(0, "train", 1) == 5503060842635148382
-    parts = [(0, "train", 1), (0, "train", 2), (1, "train", 1), (0, "val", 1), (0, "train", 11), ("0", "train", 1)]
+    parts = [
+        (0, "train", 1),
+        (0, "train", 2),
+        (1, "train", 1),
+        (0, "val", 1),
+        (0, "train", 11),
+        ("0", "train", 1),
+    ]
     assert len({derived_seed(*p) for p in parts}) == len(parts)
     assert all(0 <= derived_seed(*p) < 2**63 for p in parts)
     a, b = derived_generator(1, "x"), derived_generator(1, "x")

@@ -1,4 +1,5 @@
-"""Runs of the command line in processes of their own, forked from a server that has imported everything once."""
+"""Runs of the command line in processes of their own, forked from a server that has imported everything
+once."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def _run(args: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def run(args: Sequence[str], *, ranks: int = 1, timeout: float = 120.0) -> list[int]:
-    """The exit codes of `ssm-modal` with `args` in `ranks` processes of one DDP group (minus a signal's number)."""
+    """The exit codes of `ssm-modal` with `args` in `ranks` processes of one DDP group (minus a signal's
+    number)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with socket.socket() as free:

@@ -209,7 +209,9 @@ def test_hyper_parameters_are_plain_and_rebuild_the_model(tmp_path: Path) -> Non
     path = tmp_path / "x.ckpt"
     run.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)
-    assert saved["hyper_parameters"]["model_config"] == ssm_modal.model_config("mamba_lm", **OVERRIDES).to_dict()
+    assert (
+        saved["hyper_parameters"]["model_config"] == ssm_modal.model_config("mamba_lm", **OVERRIDES).to_dict()
+    )
     again = ssm_modal.load_pretrained(path)
     ids = torch.randint(VOCAB, (2, 7))
     task.eval()

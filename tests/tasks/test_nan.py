@@ -88,7 +88,9 @@ def test_names_a_parameter_that_was_broken_before(
     def setup(self: Any, stage: str) -> None:
         start(self, stage)
         with torch.no_grad():
-            dict(self.trainer.lightning_module.named_parameters())[linear_name() + ".weight"][0, 0] = torch.inf
+            dict(self.trainer.lightning_module.named_parameters())[linear_name() + ".weight"][0, 0] = (
+                torch.inf
+            )
 
     monkeypatch.setattr(tiny.TinyData, "setup", setup)
     assert main(command(tmp_path / "run", max_steps=6)) == 1

@@ -19,7 +19,8 @@ OVERRIDES: dict[str, Any] = {"vocab_size": VOCAB, "d_model": 8, "n_layers": 1, "
 
 
 class TinyData(LightningDataModule):
-    """Every sample a function of (seed, split, its number). `uneven`: some labels are left out, by the sample."""
+    """Every sample a function of (seed, split, its number). `uneven`: some labels are left out, by the
+    sample."""
 
     def __init__(
         self,
@@ -65,7 +66,8 @@ class TinyData(LightningDataModule):
 
 
 class KillAt(Callback):
-    """SIGKILL this process in the training batch `batch` (counted from 1 over the whole run), before its step."""
+    """SIGKILL this process in the training batch `batch` (counted from 1 over the whole run), before its
+    step."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch

@@ -114,6 +114,8 @@ class RunCheckpoint(Checkpoint):
 
         A kill in between leaves a best.ckpt ahead of last.ckpt, and going on from last makes it again.
         """
+        if trainer.fast_dev_run:
+            return
         step = trainer.global_step
         if self._keeps(step) and step != self._saved_step:
             names = [*names, f"step={step:08d}"]

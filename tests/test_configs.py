@@ -1,0 +1,87 @@
+"""Every shipped config is parsed against the real signatures, and dry-run for two steps on the CPU."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import ssm_modal
+from ssm_modal.cli.configs import shipped_configs
+from ssm_modal.cli.main import main
+
+CONFIGS = shipped_configs()
+
+# Small enough for two steps on a CPU; everything else is the config's own.
+SMALL = {
+    "trainer.accelerator": "cpu",
+    "trainer.devices": 1,
+    "trainer.precision": "32-true",
+    "trainer.max_steps": 2,
+    "trainer.val_check_interval": 2,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.limit_val_batches": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.enable_progress_bar": "false",
+    "test_after_fit": "false",
+    "model.overrides.d_model": 16,
+    "model.overrides.n_layers": 1,
+    "model.schedule.warmup_steps": 0,
+    "data.batch_size": 2,
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
+
+
+def test_there_are_configs_and_each_says_what_it_is_for() -> None:
+    assert "text/bytes.yaml" in CONFIGS
+    for name, config in CONFIGS.items():
+        assert config.read_text(encoding="utf-8").startswith("# "), f"{name} starts with no comment"
+        content = read(name)
+        # Each has a folder of its own.
+        assert content["run_dir"].startswith("runs/"), name
+    folders = [read(name)["run_dir"] for name in CONFIGS]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["ssm-modal"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("SSM_MODAL_DATA", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {**SMALL, "run_dir": tmp_path / "run"}
+    content = read(name)
+    if content["data"]["class_path"].endswith("TextDataModule"):
+        path = tmp_path / content["data"]["init_args"]["path"].removeprefix("$SSM_MODAL_DATA/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("It was the best of times, it was the worst of times, " * 200)
+        options["data.cache_dir"] = tmp_path / "cache"
+    if "test_after_fit" in content["model"]["init_args"]:
+        options["model.test_after_fit"] = "false"
+    args = [f"--{key}={value}" for key, value in options.items()]
+    assert main(["fit", "--config", name, *args]) == 0, capsys.readouterr().err
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(losses) == 2
+    assert all(0 < loss < 20 for loss in losses)
+    model = ssm_modal.load_pretrained(tmp_path / "run")
+    assert model.config.backbone.d_model == 16
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("text/tinyshakespeare")])
+def test_tinyshakespeare_models_have_at_most_10_7_million_parameters(name: str) -> None:
+    init = read(name)["model"]["init_args"]
+    with torch.device("meta"):
+        model = ssm_modal.create_model(init["model"], **init["overrides"])
+    size = sum(p.numel() for p in model.parameters())
+    assert 10.4e6 < size <= 10.7e6
