@@ -43,7 +43,9 @@ def test_other_dtypes_on_the_cpu_take_torch_and_say_so() -> None:
 
 def test_an_op_without_the_backend() -> None:
     assert explain("lti_scan").backend == "torch"
-    with pytest.raises(BackendError, match=r"lti_scan: backend 'triton' \(the argument backend\).*no triton form"):
+    with pytest.raises(
+        BackendError, match=r"lti_scan: backend 'triton' \(the argument backend\).*no triton form"
+    ):
         explain("lti_scan", backend="triton")
 
 
