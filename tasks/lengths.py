@@ -90,15 +90,11 @@ class LengthResult:
     note: str = ""
 
 
-def _answers(
-    model: nn.Module, ids: Tensor, state: Any, rows: Tensor, columns: Tensor
-) -> tuple[Tensor | None, Any]:
+def _answers(model: Any, ids: Tensor, state: Any, rows: Tensor, columns: Tensor) -> tuple[Tensor | None, Any]:
     """What the model predicts at (rows, columns) of a segment, None where there are none; and its state."""
     if hasattr(model, "hidden") and hasattr(model, "logits"):
         hidden, state = model.hidden(ids, state)
-        if not len(rows):
-            return None, state
-        return model.logits(hidden[rows, columns]).argmax(-1), state
+        return (model.logits(hidden[rows, columns]).argmax(-1) if len(rows) else None), state
     logits, state = model(ids, state)
     return (logits[rows, columns].argmax(-1) if len(rows) else None), state
 

@@ -134,6 +134,12 @@ class SyntheticTask(TrainingTask):
         hidden, _ = model.hidden(batch["ids"])
         return model.logits(hidden[batch["rows"], batch["columns"]])
 
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        # The first group may be one that is kept as it started (multiplier 0): the rate without multipliers.
+        moving = [g for g in optimizer.param_groups if g["initial_lr"] > 0]
+        factor = moving[0]["lr"] / moving[0]["initial_lr"] if moving else 0.0
+        self.log("lr", self.optimizer_config.lr * factor)
+
     def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
         """The least validated accuracy."""
         return {"accuracy_min": _least_accuracy(means)} if stage == "val" else {}

@@ -297,6 +297,23 @@ def test_a_small_training_learns_stops_early_and_is_tested(tmp_path: Path) -> No
     assert [r.accuracy for r in again] == [r.accuracy for r in task.results]
 
 
+def test_what_is_kept_stays_and_the_logged_rate_is_that_of_the_rest(tmp_path: Path) -> None:
+    _, data, trainer = small(tmp_path)
+    task = SyntheticTask(
+        "mamba_lm",
+        {"vocab_size": 16, "d_model": 8, "n_layers": 1, "d_state": 1},
+        OptimizerConfig(lr=1e-3, lr_multipliers={"*.embedding.weight": 0.0, "*.A_log": 10.0}),
+        ScheduleConfig(kind="linear", total_steps=11),
+    )
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    trainer.fit_loop.epoch_loop.max_steps = 5
+    trainer.fit(task, datamodule=data)
+    assert trainer.global_step == 5
+    changed = {name for name, p in task.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(before) - {"model.embedding.weight"}
+    assert trainer.callback_metrics["lr"] == pytest.approx(1e-3 * (1 - 4 / 10)), "step 4 of 0 ... 10"
+
+
 def test_the_loss_is_the_models_loss_at_labelled_positions(tmp_path: Path) -> None:
     task, data, trainer = small(tmp_path)
     task.trainer = trainer
