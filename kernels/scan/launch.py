@@ -15,9 +15,9 @@ import torch
 
 from ssm_modal.kernels.sequences import Sequences
 
-# Sequences are walked through in one pass where this many one-warp programs a multiprocessor are there without
-# cutting time: half of what a multiprocessor holds.
-SERIAL_PROGRAMS = 16
+# Sequences are walked through in one pass where there are this many warps a multiprocessor without cutting time,
+# about as many as its registers hold.
+SERIAL_WARPS = 16
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class ScanLaunch:
     """Launch parameters of forward and backward.
 
     chunk_size: steps between saved states. serial: the forward walks through a sequence in one pass.
-    run_length: chunks a run of the carry. fwd_block, fwd_warps: channels and warps of a program that sweeps states
-    only or makes outputs. bwd_block, bwd_warps: the same for the gradients; bwd_steps: steps whose states it rebuilds
-    in registers at a time; bwd_splits: programs that share the channels of one group and chunk, each with its own
-    partial sum of dB and dC; bwd_programs: programs at a time, each with a scratch of chunk_size / bwd_steps states.
+    run_length: chunks a run of the carry. fwd_block, fwd_warps: channels and warps of a program that sweeps
+    states only or makes outputs; fwd_registers, serial_registers: registers a thread may take there, None to
+    leave that to the assembler. bwd_block, bwd_warps: as forward, for the gradients; bwd_steps: steps whose
+    states are rebuilt in registers at a time; bwd_splits: programs that share the channels of one group and
+    chunk, each with its own partial sum of dB and dC and a scratch of chunk_size / bwd_steps states.
     """
 
     chunk_size: int
@@ -36,25 +37,31 @@ class ScanLaunch:
     run_length: int
     fwd_block: int
     fwd_warps: int
+    fwd_registers: int | None
+    serial_registers: int | None
     bwd_block: int
     bwd_warps: int
     bwd_steps: int
     bwd_splits: int
-    bwd_programs: int
 
 
-# (d_state up to, chunk size, fwd_block, fwd_warps, bwd_block, bwd_warps, bwd_steps)
-SHIPPED: tuple[tuple[int, int, int, int, int, int, int], ...] = (
-    (1, 64, 32, 1, 64, 1, 4),
-    (2, 64, 32, 1, 64, 1, 4),
-    (4, 64, 32, 1, 64, 1, 4),
-    (8, 64, 32, 1, 64, 1, 4),
-    (16, 64, 32, 1, 32, 1, 4),
-    (32, 128, 32, 1, 16, 1, 4),
-    (64, 256, 32, 2, 16, 2, 4),
-    (128, 256, 32, 4, 8, 2, 4),
-    (256, 256, 32, 8, 8, 4, 4),
+# (d_state up to, chunk size, fwd_block, fwd_warps, fwd_registers, serial_registers, bwd_block, bwd_warps,
+# bwd_steps). A thread holds 16 states (8 in the gradients) or fewer; all rows compile for sm_90 without a
+# spill, which tests/kernels/test_aot.py keeps so.
+SHIPPED: tuple[tuple[int, int, int, int, int | None, int | None, int, int, int], ...] = (
+    (1, 64, 32, 1, 96, 128, 64, 1, 4),
+    (2, 64, 32, 1, 96, 128, 64, 1, 2),
+    (4, 64, 32, 1, 96, 128, 64, 1, 2),
+    (8, 64, 32, 1, 96, 128, 32, 1, 2),
+    (16, 64, 32, 1, 96, 128, 32, 1, 2),
+    (32, 128, 32, 2, None, None, 16, 2, 2),
+    (64, 256, 32, 4, None, None, 16, 4, 2),
+    (128, 256, 32, 8, None, None, 8, 4, 2),
+    (256, 256, 16, 8, None, None, 8, 8, 2),
 )
+
+# Gradient programs wanted on a multiprocessor, two rounds of what it holds, before channels share one.
+BWD_PROGRAMS = 16
 
 
 def padded_state(d_state: int) -> int:
@@ -82,26 +89,32 @@ def scan_launch(
     seqs: Sequences | None = None,
 ) -> ScanLaunch:
     """The launch for inputs (batch, length, d_inner) with `groups` groups of B and C, packed when `seqs` is given."""
-    _, chunk, fwd_block, fwd_warps, bwd_block, bwd_warps, steps = next(
-        row for row in SHIPPED if d_state <= row[0]
-    )
+    row = next(row for row in SHIPPED if d_state <= row[0])
+    _, chunk, fwd_block, fwd_warps, fwd_registers, serial_registers, bwd_block, bwd_warps, steps = row
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else 132
     rows = batch if seqs is None else seqs.n
     longest = length if seqs is None else max(seqs.lengths)
     group_channels = max(1, d_inner // groups)
-    programs = rows * groups * -(-group_channels // fwd_block) * fwd_warps
+    warps = rows * groups * -(-group_channels // fwd_block) * fwd_warps
     # Packed sequences of very unequal length leave a serial launch waiting for the longest.
     even = seqs is None or longest * rows <= 2 * length
-    serial = longest <= chunk or (even and programs >= SERIAL_PROGRAMS * multiprocessors)
-    # A group of few channels leaves lanes of a block idle: shrink it, in powers of two.
-    while bwd_block > 8 and bwd_block // 2 >= group_channels:
-        bwd_block //= 2
-    bwd_programs = 12 * multiprocessors // bwd_warps
-    chunks = max(1, -(-length // chunk) * batch)
+    serial = longest <= chunk or (even and warps >= SERIAL_WARPS * multiprocessors)
+    chunks = boundaries_shape(batch, length, d_inner, d_state, groups, None if seqs is None else seqs.lengths)[0]
     blocks = -(-group_channels // bwd_block)
-    splits = min(blocks, max(1, -(-2 * bwd_programs // (chunks * groups))))
+    wanted = BWD_PROGRAMS * multiprocessors // bwd_warps
+    splits = min(blocks, -(-wanted // max(1, chunks * groups)))
     return ScanLaunch(
-        chunk, serial, 128, fwd_block, fwd_warps, bwd_block, bwd_warps, steps, splits, bwd_programs
+        chunk_size=chunk,
+        serial=serial,
+        run_length=128,
+        fwd_block=fwd_block,
+        fwd_warps=fwd_warps,
+        fwd_registers=fwd_registers,
+        serial_registers=serial_registers,
+        bwd_block=bwd_block,
+        bwd_warps=bwd_warps,
+        bwd_steps=steps,
+        bwd_splits=splits,
     )
 
 

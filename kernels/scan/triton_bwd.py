@@ -33,9 +33,11 @@ from ssm_modal.kernels.scan.triton_common import (
     chunk_range,
     last_contiguous,
     load_row,
+    row_offset,
     sigmoid,
     time_step,
     trips,
+    wide_offsets,
     widen,
 )
 from ssm_modal.kernels.sequences import Sequences
@@ -82,19 +84,21 @@ def chunk_grad_kernel(
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
+    WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program a chunk and channel block; steps are walked against the direction of the scan."""
-    pid = tl.program_id(0).to(tl.int64)
-    chunk = pid // blocks
+    pid = tl.program_id(0)
     group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
-    row, start, end = chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+    row, start, end = chunk_range(pid // blocks, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+    chunk = (pid // blocks).to(tl.int64)
+    group = group.to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     mask_n = n < d_state
     mask = mask_n[:, None] & mask_d[None, :]
-    tile = d[None, :] * d_state + n[:, None]
+    tile = d[None, :].to(tl.int64) * d_state + n[:, None]
     rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
     bias = tl.zeros([BLOCK_D], tl.float32)
     if bias_ptr is not None:
@@ -105,29 +109,30 @@ def chunk_grad_kernel(
     if REVERSE:
         t = start
         step = 1
-    dout_ptr += row * dout_batch
-    delta_ptr += row * delta_batch
-    c_ptr += row * c_batch + group * c_group
+    dout_ptr += row * dout_batch + t * dout_time
+    delta_ptr += row * delta_batch + t * delta_time
+    c_ptr += row * c_batch + t * c_time + group * c_group
     if z_ptr is not None:
-        z_ptr += row * z_batch
+        z_ptr += row * z_batch + t * z_time
 
     g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
-    y0 = load_row(dout_ptr, t, dout_time, d, mask_d)
-    x0 = load_row(delta_ptr, t, delta_time, d, mask_d)
-    c0 = load_row(c_ptr, t, c_time, n, mask_n)
+    zero = count * 0
+    y0 = load_row(dout_ptr, zero, dout_time, d, mask_d, WIDE)
+    x0 = load_row(delta_ptr, zero, delta_time, d, mask_d, WIDE)
+    c0 = load_row(c_ptr, zero, c_time, n, mask_n, WIDE)
     z0 = y0
     if z_ptr is not None:
-        z0 = load_row(z_ptr, t, z_time, d, mask_d)
+        z0 = load_row(z_ptr, zero, z_time, d, mask_d, WIDE)
     for i in range(0, trips(count)):
-        ahead = t + (i + 1) * step
+        ahead = zero + (i + 1) * step
         has = i + 1 < count
-        y1 = load_row(dout_ptr, ahead, dout_time, d, mask_d & has)
-        x1 = load_row(delta_ptr, ahead, delta_time, d, mask_d & has)
-        c1 = load_row(c_ptr, ahead, c_time, n, mask_n & has)
+        y1 = load_row(dout_ptr, ahead, dout_time, d, mask_d & has, WIDE)
+        x1 = load_row(delta_ptr, ahead, delta_time, d, mask_d & has, WIDE)
+        c1 = load_row(c_ptr, ahead, c_time, n, mask_n & has, WIDE)
         z1 = y1
         if z_ptr is not None:
-            z1 = load_row(z_ptr, ahead, z_time, d, mask_d & has)
+            z1 = load_row(z_ptr, ahead, z_time, d, mask_d & has, WIDE)
         dt = time_step(x0, bias, mask_d, SOFTPLUS)
         dy = gated(y0, z0, z_ptr is not None)
         total += dt
@@ -150,7 +155,7 @@ def grad_kernel(
     bias_ptr,  # (d_inner,) fp32 or None
     states_ptr,  # (chunks, d_inner, d_state) fp32: state entering each chunk
     grads_ptr,  # (chunks, d_inner, d_state) fp32: gradient of the state leaving each chunk; becomes dA of the chunk
-    scratch_ptr,  # (programs, subs, BLOCK_D, BLOCK_N) fp32
+    scratch_ptr,  # (programs, subs, BLOCK_D, BLOCK_N) fp32, a program's own
     du_ptr,  # out: (batch, length, d_inner), contiguous
     ddelta_ptr,  # out: (batch, length, d_inner), contiguous
     db_ptr,  # out: (splits, batch, length, groups, d_state) fp32
@@ -188,23 +193,26 @@ def grad_kernel(
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
+    WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program a chunk, group and share of the group's channel blocks, which it takes in turn."""
-    item = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)
     mask_n = n < d_state
     size = d_inner.to(tl.int64) * d_state
-    bc_time = groups.to(tl.int64) * d_state
+    bc_time = groups * d_state
     local = tl.arange(0, BLOCK_D)[:, None] * BLOCK_N + n[None, :]
-    scratch_ptr += item * subs * (BLOCK_D * BLOCK_N)
-    split = item % splits
-    group = (item // splits) % groups
-    chunk = item // (splits * groups)
-    row, start, end = chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+    scratch_ptr += pid.to(tl.int64) * subs * (BLOCK_D * BLOCK_N)
+    split = pid % splits
+    group_index = (pid // splits) % groups
+    group = group_index.to(tl.int64)
+    chunk_index = pid // (splits * groups)
+    row, start, end = chunk_range(chunk_index, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+    chunk = chunk_index.to(tl.int64)
     count = (end - start).to(tl.int32)
     own_subs = (count + STEPS - 1) // STEPS
     t0 = start
@@ -212,44 +220,44 @@ def grad_kernel(
     if REVERSE:
         t0 = end - 1
         step = -1
-    partial = ((split * batch + row) * length) * bc_time + group * d_state
+    partial = ((split.to(tl.int64) * batch + row) * length + t0) * bc_time + group * d_state
     db_row = db_ptr + partial
     dc_row = dc_ptr + partial
     first_block = split * blocks_per_split
     own_blocks = tl.minimum(blocks_per_split, blocks_per_group - first_block)
     for r in range(0, trips(own_blocks)):
-        block = group * blocks_per_group + first_block + r
+        block = group_index * blocks_per_group + first_block + r
         _, d, mask_d = channel_block(block, group_channels, blocks_per_group, BLOCK_D)
         mask = mask_d[:, None] & mask_n[None, :]
-        tile = chunk * size + d[:, None] * d_state + n[None, :]
-        rate = tl.load(a_ptr + d[:, None] * d_state + n[None, :], mask=mask, other=0.0) * LOG2E
+        tile = d[:, None].to(tl.int64) * d_state + n[None, :]
+        rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
         bias = tl.zeros([BLOCK_D], tl.float32)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0)
         skip = tl.zeros([BLOCK_D], tl.float32)
         if skip_ptr is not None:
             skip = tl.load(skip_ptr + d, mask=mask_d, other=0.0)
-        u_row = u_ptr + row * u_batch
-        delta_row = delta_ptr + row * delta_batch
-        dout_row = dout_ptr + row * dout_batch
-        b_row = b_ptr + row * b_batch + group * b_group
-        c_row = c_ptr + row * c_batch + group * c_group
-        du_row = du_ptr + row * length * d_inner
-        ddelta_row = ddelta_ptr + row * length * d_inner
+        u_row = u_ptr + row * u_batch + t0 * u_time
+        delta_row = delta_ptr + row * delta_batch + t0 * delta_time
+        dout_row = dout_ptr + row * dout_batch + t0 * dout_time
+        b_row = b_ptr + row * b_batch + t0 * b_time + group * b_group
+        c_row = c_ptr + row * c_batch + t0 * c_time + group * c_group
+        du_row = du_ptr + (row * length + t0) * d_inner
+        ddelta_row = ddelta_ptr + (row * length + t0) * d_inner
         if z_ptr is not None:
-            z_row = z_ptr + row * z_batch
-            dz_row = dz_ptr + row * length * d_inner
+            z_row = z_ptr + row * z_batch + t0 * z_time
+            dz_row = dz_ptr + (row * length + t0) * d_inner
 
         # Forward over the chunk: every STEPS-th state into the scratch.
-        h = tl.load(states_ptr + tile, mask=mask, other=0.0)
+        h = tl.load(states_ptr + chunk * size + tile, mask=mask, other=0.0)
         for s in range(0, trips(own_subs)):
             tl.store(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local, h)
             for j in tl.static_range(STEPS):
                 i = s * STEPS + j
-                t = t0 + tl.minimum(i, count - 1) * step
-                u = load_row(u_row, t, u_time, d, mask_d).to(tl.float32)
-                x = load_row(delta_row, t, delta_time, d, mask_d)
-                b = load_row(b_row, t, b_time, n, mask_n).to(tl.float32)
+                at = tl.minimum(i, count - 1) * step
+                u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
+                x = load_row(delta_row, at, delta_time, d, mask_d, WIDE)
+                b = load_row(b_row, at, b_time, n, mask_n, WIDE).to(tl.float32)
                 dt = time_step(x, bias, i < count, SOFTPLUS)
                 h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
         # Lanes may read what others wrote.
@@ -257,7 +265,7 @@ def grad_kernel(
 
         # Back again. Steps beyond the end stand at the last step with dt and dy of 0: they change no state, add 0 to
         # dB and dC, write dz a second time alike, and what they write of du and ddelta the last step overwrites.
-        g = tl.load(grads_ptr + tile, mask=mask, other=0.0)
+        g = tl.load(grads_ptr + chunk * size + tile, mask=mask, other=0.0)
         da = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
         dskip = tl.zeros([BLOCK_D], tl.float32)
         dbias = tl.zeros([BLOCK_D], tl.float32)
@@ -267,38 +275,38 @@ def grad_kernel(
             before = ()
             for j in tl.static_range(STEPS):
                 i = s * STEPS + j
-                t = t0 + tl.minimum(i, count - 1) * step
-                u = load_row(u_row, t, u_time, d, mask_d).to(tl.float32)
-                x = load_row(delta_row, t, delta_time, d, mask_d)
-                b = load_row(b_row, t, b_time, n, mask_n).to(tl.float32)
-                dy = load_row(dout_row, t, dout_time, d, mask_d).to(tl.float32)
+                at = tl.minimum(i, count - 1) * step
+                u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
+                x = load_row(delta_row, at, delta_time, d, mask_d, WIDE)
+                b = load_row(b_row, at, b_time, n, mask_n, WIDE).to(tl.float32)
+                dy = load_row(dout_row, at, dout_time, d, mask_d, WIDE).to(tl.float32)
                 dt = time_step(x, bias, i < count, SOFTPLUS)
                 before += (h,)
                 h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
                 if z_ptr is not None:
-                    c = load_row(c_row, t, c_time, n, mask_n).to(tl.float32)
-                    z = load_row(z_row, t, z_time, d, mask_d).to(tl.float32)
+                    c = load_row(c_row, at, c_time, n, mask_n, WIDE).to(tl.float32)
+                    z = load_row(z_row, at, z_time, d, mask_d, WIDE).to(tl.float32)
                     gate = sigmoid(z)
                     y = tl.sum(h * c[None, :], axis=1) + skip * u
                     dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
                     dy *= z * gate
-                    tl.store(dz_row + t * d_inner + d, dz.to(dz_ptr.dtype.element_ty), mask=mask_d)
+                    tl.store(dz_row + row_offset(at, d_inner, d, WIDE), dz.to(dz_ptr.dtype.element_ty), mask=mask_d)
                 dy = tl.where(i < count, dy, 0.0)
                 dskip += dy * u
                 dc = tl.sum(h * dy[:, None], axis=0)
-                bc = t * bc_time + n
+                bc = row_offset(at, bc_time, n, WIDE)
                 dc += tl.load(dc_row + bc, mask=mask_n & (r > 0), other=0.0)
                 tl.store(dc_row + bc, dc, mask=mask_n & (i < count))
             for jj in tl.static_range(STEPS):
                 i = s * STEPS + (STEPS - 1 - jj)
-                t = t0 + tl.minimum(i, count - 1) * step
-                u = load_row(u_row, t, u_time, d, mask_d).to(tl.float32)
-                x = load_row(delta_row, t, delta_time, d, mask_d)
-                b = load_row(b_row, t, b_time, n, mask_n).to(tl.float32)
-                c = load_row(c_row, t, c_time, n, mask_n).to(tl.float32)
-                dy = load_row(dout_row, t, dout_time, d, mask_d).to(tl.float32)
+                at = tl.minimum(i, count - 1) * step
+                u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
+                x = load_row(delta_row, at, delta_time, d, mask_d, WIDE)
+                b = load_row(b_row, at, b_time, n, mask_n, WIDE).to(tl.float32)
+                c = load_row(c_row, at, c_time, n, mask_n, WIDE).to(tl.float32)
+                dy = load_row(dout_row, at, dout_time, d, mask_d, WIDE).to(tl.float32)
                 if z_ptr is not None:
-                    z = load_row(z_row, t, z_time, d, mask_d).to(tl.float32)
+                    z = load_row(z_row, at, z_time, d, mask_d, WIDE).to(tl.float32)
                     dy *= z * sigmoid(z)
                 dy = tl.where(i < count, dy, 0.0)
                 dt = time_step(x, bias, i < count, SOFTPLUS)
@@ -313,13 +321,13 @@ def grad_kernel(
                 if SOFTPLUS:
                     ddelta *= sigmoid(x.to(tl.float32) + bias)
                 dbias += tl.where(i < count, ddelta, 0.0)
-                at = t * d_inner + d
-                tl.store(du_row + at, (gb * dt + skip * dy).to(du_ptr.dtype.element_ty), mask=mask_d)
-                tl.store(ddelta_row + at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask_d)
-                bc = t * bc_time + n
+                here = row_offset(at, d_inner, d, WIDE)
+                tl.store(du_row + here, (gb * dt + skip * dy).to(du_ptr.dtype.element_ty), mask=mask_d)
+                tl.store(ddelta_row + here, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask_d)
+                bc = row_offset(at, bc_time, n, WIDE)
                 db += tl.load(db_row + bc, mask=mask_n & (r > 0), other=0.0)
                 tl.store(db_row + bc, db, mask=mask_n)
-        tl.store(grads_ptr + tile, da, mask=mask)
+        tl.store(grads_ptr + chunk * size + tile, da, mask=mask)
         if dskip_ptr is not None:
             tl.store(dskip_ptr + chunk * d_inner + d, dskip, mask=mask_d)
         if dbias_ptr is not None:
@@ -382,10 +390,13 @@ def selective_scan_bwd(
     start, end = (None, None) if table is None else (table.start, table.end)
     group_channels = d_inner // groups
     z_strides = (0, 0) if z is None else (z.stride(0), z.stride(1))
+    rows_apart = (x.stride(1) for x in (u, delta, dout, B, C, u if z is None else z))
+    rows_apart = (*rows_apart, d_inner, groups * d_state)
     options = {
         "SOFTPLUS": delta_softplus,
         "PACKED": seqs is not None,
         "REVERSE": reverse,
+        "WIDE": wide_offsets(chunk_size, *rows_apart),
         "CHUNK": chunk_size,
         "BLOCK_N": padded_state(d_state),
     }
@@ -424,6 +435,7 @@ def selective_scan_bwd(
         blocks,
         BLOCK_D=launch.fwd_block,
         num_warps=launch.fwd_warps,
+        maxnreg=launch.fwd_registers,
         **options,
     )
     dinitial = carry(
@@ -545,13 +557,18 @@ def aot_cases() -> list[AotCase]:
                 "SOFTPLUS": True,
                 "PACKED": packed,
                 "REVERSE": packed,
+                "WIDE": False,
                 "CHUNK": launch.chunk_size,
                 "BLOCK_D": launch.fwd_block,
                 "BLOCK_N": padded_state(d_state),
             }
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
             own = {p.name: args[p.name] for p in chunk_grad_kernel.params}
-            cases.append(AotCase(chunk_grad_kernel, label, own, num_warps=launch.fwd_warps))
+            cases.append(
+                AotCase(
+                    chunk_grad_kernel, label, own, num_warps=launch.fwd_warps, maxnreg=launch.fwd_registers
+                )
+            )
             args |= dict.fromkeys(("skip_ptr", "states_ptr", "scratch_ptr", "db_ptr", "dc_ptr"), "*fp32")
             args |= dict.fromkeys(("dskip_ptr", "dbias_ptr"), "*fp32")
             args |= dict.fromkeys(("du_ptr", "ddelta_ptr", "dz_ptr"), f"*{dtype}")

@@ -66,9 +66,20 @@ def softplus(x):
 
 
 @triton.jit
-def load_row(ptr, t, stride, offs, mask):
-    """Row t of a (length, ...) array whose last axis is contiguous, in its own dtype; 0 where masked."""
-    return tl.load(ptr + t * stride + offs, mask=mask, other=0.0)
+def load_row(ptr, i, stride, lanes, mask, WIDE: tl.constexpr):
+    """Row i of an array whose last axis is contiguous, counted from the row at `ptr`, in its own dtype; 0 where masked.
+
+    The offset from `ptr` is 32 bits unless WIDE: 64-bit addresses for every lane and array cost registers.
+    """
+    return tl.load(ptr + row_offset(i, stride, lanes, WIDE), mask=mask, other=0.0)
+
+
+@triton.jit
+def row_offset(i, stride, lanes, WIDE: tl.constexpr):
+    if WIDE:
+        return i.to(tl.int64) * stride + lanes
+    else:
+        return i * stride + lanes
 
 
 @triton.jit
@@ -82,22 +93,23 @@ def time_step(raw, bias, valid, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def channel_block(block, group_channels, blocks_per_group, BLOCK_D: tl.constexpr):
-    """Group, channels [BLOCK_D] int64 and their mask of channel block `block`; a block never spans two groups."""
+    """Group, channels [BLOCK_D] int32 and their mask of channel block `block`; a block never spans two groups."""
     group = block // blocks_per_group
     inside = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
-    return group, (group * group_channels + inside).to(tl.int64), inside < group_channels
+    return group, group * group_channels + inside, inside < group_channels
 
 
 @triton.jit
 def chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """Row of the batch and steps [start, end), int64, of a chunk."""
+    """Row of the batch and steps [start, end), all int64, of a chunk (int32)."""
     if PACKED:
-        row = chunk * 0
+        row = (chunk * 0).to(tl.int64)
         start = tl.load(start_ptr + chunk)
         end = tl.load(end_ptr + chunk)
     else:
-        row = chunk // n_chunks
-        start = (chunk % n_chunks) * CHUNK
+        # Divisions stay in 32 bits: in 64 they are calls.
+        row = (chunk // n_chunks).to(tl.int64)
+        start = (chunk % n_chunks).to(tl.int64) * CHUNK
         end = tl.minimum(start + CHUNK, length)
     return row, start, end
 
@@ -144,8 +156,8 @@ def carry_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program a run of chunks and block of BLOCK elements of (d_inner, d_state)."""
-    pid = tl.program_id(0).to(tl.int64)
-    run = pid // tiles
+    pid = tl.program_id(0)
+    run = (pid // tiles).to(tl.int64)
     size = d_inner.to(tl.int64) * d_state
     e = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
     mask = e < size
@@ -154,8 +166,8 @@ def carry_kernel(
         lo = tl.load(lo_ptr + run)
         hi = tl.load(hi_ptr + run)
     else:
-        row = run // runs_per_row
-        lo = row * n_chunks + (run % runs_per_row) * run_length
+        row = (pid // tiles // runs_per_row).to(tl.int64)
+        lo = row * n_chunks + (pid // tiles % runs_per_row).to(tl.int64) * run_length
         hi = tl.minimum(lo + run_length, (row + 1) * n_chunks)
     rate = tl.load(a_ptr + e, mask=mask, other=0.0) * LOG2E
     h = tl.zeros([BLOCK], tl.float32)
@@ -268,6 +280,11 @@ def carry(
     launch(run_states, run_sums, entry, last, None, rows, *over, runs_per_row, 1, runs_per_row, True)
     launch(states, sums, run_states, None, None, runs, *bounds, n_chunks, runs_per_row, run_length, True)
     return last
+
+
+def wide_offsets(chunk_size: int, *row_strides: int) -> bool:
+    """Whether an offset inside one chunk may need more than 32 bits."""
+    return (chunk_size + 4) * max(abs(stride) for stride in row_strides) >= 2**31 - 2**22
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -36,9 +36,11 @@ from ssm_modal.kernels.scan.triton_common import (
     chunk_range,
     last_contiguous,
     load_row,
+    row_offset,
     sigmoid,
     time_step,
     trips,
+    wide_offsets,
     widen,
 )
 from ssm_modal.kernels.sequences import Sequences
@@ -72,20 +74,22 @@ def chunk_state_kernel(
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
+    WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program a chunk and channel block."""
-    pid = tl.program_id(0).to(tl.int64)
-    chunk = pid // blocks
+    pid = tl.program_id(0)
     group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
-    row, start, end = chunk_range(chunk, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+    row, start, end = chunk_range(pid // blocks, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+    chunk = (pid // blocks).to(tl.int64)
+    group = group.to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     mask_n = n < d_state
-    own = chunk * d_inner * d_state + d[None, :] * d_state + n[:, None]
+    tile = d[None, :].to(tl.int64) * d_state + n[:, None]
     mask = mask_n[:, None] & mask_d[None, :]
-    rate = tl.load(a_ptr + d[None, :] * d_state + n[:, None], mask=mask, other=0.0) * LOG2E
+    rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
     bias = tl.zeros([BLOCK_D], tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0)
@@ -95,30 +99,31 @@ def chunk_state_kernel(
     if REVERSE:
         t = end - 1
         step = -1
-    u_ptr += row * u_batch
-    delta_ptr += row * delta_batch
-    b_ptr += row * b_batch + group * b_group
+    u_ptr += row * u_batch + t * u_time
+    delta_ptr += row * delta_batch + t * delta_time
+    b_ptr += row * b_batch + t * b_time + group * b_group
+    zero = count * 0
 
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
     # Rows are loaded two steps ahead of their use. A chunk in the table has at least one step.
-    u0 = load_row(u_ptr, t, u_time, d, mask_d)
-    x0 = load_row(delta_ptr, t, delta_time, d, mask_d)
-    b0 = load_row(b_ptr, t, b_time, n, mask_n)
+    u0 = load_row(u_ptr, zero, u_time, d, mask_d, WIDE)
+    x0 = load_row(delta_ptr, zero, delta_time, d, mask_d, WIDE)
+    b0 = load_row(b_ptr, zero, b_time, n, mask_n, WIDE)
     has = 1 < count
-    u1 = load_row(u_ptr, t + step, u_time, d, mask_d & has)
-    x1 = load_row(delta_ptr, t + step, delta_time, d, mask_d & has)
-    b1 = load_row(b_ptr, t + step, b_time, n, mask_n & has)
+    u1 = load_row(u_ptr, zero + step, u_time, d, mask_d & has, WIDE)
+    x1 = load_row(delta_ptr, zero + step, delta_time, d, mask_d & has, WIDE)
+    b1 = load_row(b_ptr, zero + step, b_time, n, mask_n & has, WIDE)
     for i in range(0, trips(count), 2):
-        ahead = t + (i + 2) * step
+        ahead = zero + (i + 2) * step
         has2 = i + 2 < count
         has3 = i + 3 < count
-        u2 = load_row(u_ptr, ahead, u_time, d, mask_d & has2)
-        x2 = load_row(delta_ptr, ahead, delta_time, d, mask_d & has2)
-        b2 = load_row(b_ptr, ahead, b_time, n, mask_n & has2)
-        u3 = load_row(u_ptr, ahead + step, u_time, d, mask_d & has3)
-        x3 = load_row(delta_ptr, ahead + step, delta_time, d, mask_d & has3)
-        b3 = load_row(b_ptr, ahead + step, b_time, n, mask_n & has3)
+        u2 = load_row(u_ptr, ahead, u_time, d, mask_d & has2, WIDE)
+        x2 = load_row(delta_ptr, ahead, delta_time, d, mask_d & has2, WIDE)
+        b2 = load_row(b_ptr, ahead, b_time, n, mask_n & has2, WIDE)
+        u3 = load_row(u_ptr, ahead + step, u_time, d, mask_d & has3, WIDE)
+        x3 = load_row(delta_ptr, ahead + step, delta_time, d, mask_d & has3, WIDE)
+        b3 = load_row(b_ptr, ahead + step, b_time, n, mask_n & has3, WIDE)
         dt = time_step(x0, bias, mask_d, SOFTPLUS)
         total += dt
         h = tl.exp2(rate * dt[None, :]) * h + b0.to(tl.float32)[:, None] * (dt * u0.to(tl.float32))[None, :]
@@ -126,7 +131,7 @@ def chunk_state_kernel(
         total += dt
         h = tl.exp2(rate * dt[None, :]) * h + b1.to(tl.float32)[:, None] * (dt * u1.to(tl.float32))[None, :]
         u0, x0, b0, u1, x1, b1 = u2, x2, b2, u3, x3, b3
-    tl.store(states_ptr + own, h, mask=mask)
+    tl.store(states_ptr + chunk * d_inner * d_state + tile, h, mask=mask)
     tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
 
 
@@ -171,18 +176,20 @@ def output_kernel(
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
+    WIDE: tl.constexpr,
     SERIAL: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program a chunk (SERIAL: a sequence) and channel block."""
-    pid = tl.program_id(0).to(tl.int64)
-    item = pid // blocks
+    pid = tl.program_id(0)
+    item = (pid // blocks).to(tl.int64)
     group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
+    group = group.to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     mask_n = n < d_state
-    tile = d[None, :] * d_state + n[:, None]
+    tile = d[None, :].to(tl.int64) * d_state + n[:, None]
     mask = mask_n[:, None] & mask_d[None, :]
     size = d_inner.to(tl.int64) * d_state
     if SERIAL:
@@ -196,7 +203,7 @@ def output_kernel(
             end = tl.load(end_ptr + item)
             chunk = tl.load(first_ptr + item)
     else:
-        row, start, end = chunk_range(item, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
+        row, start, end = chunk_range(pid // blocks, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
         chunk = item
     rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
     bias = tl.zeros([BLOCK_D], tl.float32)
@@ -238,43 +245,52 @@ def output_kernel(
         t = chunk_start
         if REVERSE:
             t = chunk_end - 1
-        u0 = load_row(u_ptr, t, u_time, d, mask_d)
-        x0 = load_row(delta_ptr, t, delta_time, d, mask_d)
-        b0 = load_row(b_ptr, t, b_time, n, mask_n)
-        c0 = load_row(c_ptr, t, c_time, n, mask_n)
+        zero = count * 0
+        u_row = u_ptr + t * u_time
+        delta_row = delta_ptr + t * delta_time
+        b_row = b_ptr + t * b_time
+        c_row = c_ptr + t * c_time
+        out_row = out_ptr + t * out_time
+        if z_ptr is not None:
+            z_row = z_ptr + t * z_time
+        u0 = load_row(u_row, zero, u_time, d, mask_d, WIDE)
+        x0 = load_row(delta_row, zero, delta_time, d, mask_d, WIDE)
+        b0 = load_row(b_row, zero, b_time, n, mask_n, WIDE)
+        c0 = load_row(c_row, zero, c_time, n, mask_n, WIDE)
         has = 1 < count
-        u1 = load_row(u_ptr, t + step, u_time, d, mask_d & has)
-        x1 = load_row(delta_ptr, t + step, delta_time, d, mask_d & has)
-        b1 = load_row(b_ptr, t + step, b_time, n, mask_n & has)
-        c1 = load_row(c_ptr, t + step, c_time, n, mask_n & has)
+        u1 = load_row(u_row, zero + step, u_time, d, mask_d & has, WIDE)
+        x1 = load_row(delta_row, zero + step, delta_time, d, mask_d & has, WIDE)
+        b1 = load_row(b_row, zero + step, b_time, n, mask_n & has, WIDE)
+        c1 = load_row(c_row, zero + step, c_time, n, mask_n & has, WIDE)
         z0 = u0
         z1 = u1
         if z_ptr is not None:
-            z0 = load_row(z_ptr, t, z_time, d, mask_d)
-            z1 = load_row(z_ptr, t + step, z_time, d, mask_d & has)
+            z0 = load_row(z_row, zero, z_time, d, mask_d, WIDE)
+            z1 = load_row(z_row, zero + step, z_time, d, mask_d & has, WIDE)
         for i in range(0, trips(count), 2):
-            ahead = t + (i + 2) * step
+            ahead = zero + (i + 2) * step
             has2 = i + 2 < count
             has3 = i + 3 < count
-            u2 = load_row(u_ptr, ahead, u_time, d, mask_d & has2)
-            x2 = load_row(delta_ptr, ahead, delta_time, d, mask_d & has2)
-            b2 = load_row(b_ptr, ahead, b_time, n, mask_n & has2)
-            c2 = load_row(c_ptr, ahead, c_time, n, mask_n & has2)
-            u3 = load_row(u_ptr, ahead + step, u_time, d, mask_d & has3)
-            x3 = load_row(delta_ptr, ahead + step, delta_time, d, mask_d & has3)
-            b3 = load_row(b_ptr, ahead + step, b_time, n, mask_n & has3)
-            c3 = load_row(c_ptr, ahead + step, c_time, n, mask_n & has3)
+            u2 = load_row(u_row, ahead, u_time, d, mask_d & has2, WIDE)
+            x2 = load_row(delta_row, ahead, delta_time, d, mask_d & has2, WIDE)
+            b2 = load_row(b_row, ahead, b_time, n, mask_n & has2, WIDE)
+            c2 = load_row(c_row, ahead, c_time, n, mask_n & has2, WIDE)
+            u3 = load_row(u_row, ahead + step, u_time, d, mask_d & has3, WIDE)
+            x3 = load_row(delta_row, ahead + step, delta_time, d, mask_d & has3, WIDE)
+            b3 = load_row(b_row, ahead + step, b_time, n, mask_n & has3, WIDE)
+            c3 = load_row(c_row, ahead + step, c_time, n, mask_n & has3, WIDE)
             z2 = u2
             z3 = u3
             if z_ptr is not None:
-                z2 = load_row(z_ptr, ahead, z_time, d, mask_d & has2)
-                z3 = load_row(z_ptr, ahead + step, z_time, d, mask_d & has3)
-            here = out_ptr + (t + i * step) * out_time + d
+                z2 = load_row(z_row, ahead, z_time, d, mask_d & has2, WIDE)
+                z3 = load_row(z_row, ahead + step, z_time, d, mask_d & has3, WIDE)
+            here = out_row + row_offset(zero + i * step, out_time, d, WIDE)
             h, y = output_step(h, rate, x0, bias, u0, b0, c0, skip, z0, mask_d, SOFTPLUS, z_ptr is not None)
             tl.store(here, y.to(out_ptr.dtype.element_ty), mask=mask_d)
             valid = mask_d & (i + 1 < count)
             h, y = output_step(h, rate, x1, bias, u1, b1, c1, skip, z1, valid, SOFTPLUS, z_ptr is not None)
-            tl.store(here + step * out_time, y.to(out_ptr.dtype.element_ty), mask=valid)
+            here = out_row + row_offset(zero + (i + 1) * step, out_time, d, WIDE)
+            tl.store(here, y.to(out_ptr.dtype.element_ty), mask=valid)
             u0, x0, b0, c0, z0, u1, x1, b1, c1, z1 = u2, x2, b2, c2, z2, u3, x3, b3, c3, z3
     if SERIAL:
         tl.store(final_ptr + item * size + tile, h, mask=mask)
@@ -353,6 +369,7 @@ def selective_scan_fwd(
         "SOFTPLUS": delta_softplus,
         "PACKED": seqs is not None,
         "REVERSE": reverse,
+        "WIDE": wide_offsets(chunk_size, *(x.stride(1) for x in (u, delta, B, C, out, u if z is None else z))),
         "CHUNK": chunk_size,
         "BLOCK_D": launch.fwd_block,
         "BLOCK_N": padded_state(d_state),
@@ -387,6 +404,7 @@ def selective_scan_fwd(
             B.stride(1),
             B.stride(2),
             *shape_args,
+            maxnreg=launch.fwd_registers,
             **options,
         )
         final = carry(
@@ -430,6 +448,7 @@ def selective_scan_fwd(
         out.stride(1),
         *shape_args,
         SERIAL=launch.serial,
+        maxnreg=launch.serial_registers if launch.serial else launch.fwd_registers,
         **options,
     )
     return out, final, states
@@ -463,6 +482,7 @@ def aot_cases() -> list[AotCase]:
                 "SOFTPLUS": True,
                 "PACKED": packed,
                 "REVERSE": packed,
+                "WIDE": False,
                 "CHUNK": launch.chunk_size,
                 "BLOCK_D": launch.fwd_block,
                 "BLOCK_N": padded_state(d_state),
@@ -475,7 +495,15 @@ def aot_cases() -> list[AotCase]:
             if not launch.serial:
                 args = shared | {k: v for k, v in strides.items() if k.split("_")[0] in ("u", "delta", "b")}
                 args |= {"sums_ptr": "*fp32"}
-                cases.append(AotCase(chunk_state_kernel, label, args, num_warps=launch.fwd_warps))
+                cases.append(
+                    AotCase(
+                        chunk_state_kernel,
+                        label,
+                        args,
+                        num_warps=launch.fwd_warps,
+                        maxnreg=launch.fwd_registers,
+                    )
+                )
             args = shared | strides
             args |= {
                 "c_ptr": shared["b_ptr"],
@@ -488,5 +516,8 @@ def aot_cases() -> list[AotCase]:
                 "SERIAL": launch.serial,
             }
             label += " serial" if launch.serial else ""
-            cases.append(AotCase(output_kernel, label, args, num_warps=launch.fwd_warps))
+            registers = launch.serial_registers if launch.serial else launch.fwd_registers
+            cases.append(
+                AotCase(output_kernel, label, args, num_warps=launch.fwd_warps, maxnreg=registers)
+            )
     return cases
