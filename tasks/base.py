@@ -127,7 +127,7 @@ class TrainingTask(LightningModule):
         return self.model.config.to_dict()  # type: ignore[union-attr, operator]
 
     def _start_from(self, path: str, part: str) -> None:
-        source = ssm_modal.load_pretrained(path)
+        source: Any = ssm_modal.load_pretrained(path)
         target: Any = self.model
         if part == "backbone":
             if not hasattr(source, "backbone"):
@@ -150,7 +150,7 @@ class TrainingTask(LightningModule):
 
     # ------------------------------------------------------------------ optimisation
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW, with the schedule moved once an optimizer step."""
         # fp16's loss scaling forbids clipping beside an optimizer that unscales gradients itself, as the
         # fused one.

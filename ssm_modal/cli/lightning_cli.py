@@ -204,14 +204,15 @@ class TrainingCLI(LightningCLI):
 
     def _loggers(self) -> list[Any]:
         loggers: list[Any] = [CsvLogger(self.folder.path)]
+        # Events of steps that will be taken again are hidden.
+        purge: dict[str, Any] = {"purge_step": self.resume_step} if self.resume_from is not None else {}
         loggers.append(
             TensorBoardLogger(
                 str(self.folder.path),
                 name="tensorboard",
                 version="",
                 default_hp_metric=False,
-                # Events of steps that will be taken again are hidden.
-                **({"purge_step": self.resume_step} if self.resume_from is not None else {}),
+                **purge,
             )
         )
         return loggers
@@ -223,9 +224,9 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Make the run's folder ready: kept where the run goes on, an earlier one moved aside otherwise."""
-        if self.trainer.fast_dev_run:
+        if self.settings.trainer.fast_dev_run:
             return
-        if rank_zero_only.rank == 0:
+        if _first_process():
             # Data that is not there must not cost an earlier run its place.
             if self.datamodule is not None:
                 self.datamodule.prepare_data()
@@ -259,7 +260,7 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint where the task and the data have a test."""
-        if self.trainer.fast_dev_run or not self.trainer.state.finished:
+        if self.settings.trainer.fast_dev_run or not self.trainer.state.finished:
             return
         if self.settings.test_after_fit and _has_test(self.model, self.datamodule):
             best = self.folder.checkpoint_for_evaluation()
@@ -277,7 +278,7 @@ class TrainingCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         predictions = self.trainer.predict(**kwargs)
-        if rank_zero_only.rank == 0:
+        if _first_process():
             self.folder.results.mkdir(parents=True, exist_ok=True)
             path = self.folder.results / "predictions.pt"
             AtomicCheckpointIO().save_checkpoint({"predictions": predictions}, path)
@@ -285,7 +286,7 @@ class TrainingCLI(LightningCLI):
 
     def report(self, command: str, metrics: Any) -> None:
         """Print the measured means and write them to `results/<command>.json`."""
-        if rank_zero_only.rank != 0 or not metrics:
+        if not _first_process() or not metrics:
             return
         found = {name: float(value) for one in metrics for name, value in one.items()}
         if not found:
@@ -307,8 +308,12 @@ def run(args: Sequence[str]) -> int:
 
 def say(line: str) -> None:
     """Print a line about the run, from the first process only."""
-    if rank_zero_only.rank == 0:
+    if _first_process():
         print(line, file=sys.stderr, flush=True)
+
+
+def _first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def quieten() -> None:

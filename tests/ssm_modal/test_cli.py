@@ -269,7 +269,7 @@ def test_without_lightning_the_extra_is_named(capsys: Capture, monkeypatch: pyte
 @pytest.mark.slow
 def test_the_program_itself(tmp_path: Path) -> None:
     """A process of its own: exit code, nothing noisy on the way, no Lightning for commands that need none."""
-    args = command(tmp_path / "run", max_steps=2, **{"test_after_fit": "true"})
+    args = command(tmp_path / "run", max_steps=2, test_after_fit="true")
     args.remove("--trainer.enable_progress_bar=false")
     code = "import sys; from ssm_modal.cli.main import main; sys.exit(main())"
     root = Path(__file__).parents[2]

@@ -114,7 +114,7 @@ class RunCheckpoint(Checkpoint):
 
         A kill in between leaves a best.ckpt ahead of last.ckpt, and going on from last makes it again.
         """
-        if trainer.fast_dev_run:
+        if getattr(trainer, "fast_dev_run", False):
             return
         step = trainer.global_step
         if self._keeps(step) and step != self._saved_step:

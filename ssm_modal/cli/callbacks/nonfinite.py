@@ -92,7 +92,7 @@ def first_nonfinite(trainer: Trainer, module: LightningModule, counter: int, bat
     for name, parameter in module.named_parameters():
         if not parameter.isfinite().all():
             return f"the parameter {name}, which was no longer finite before the step"
-    step = getattr(module, "step", None)
+    step: Any = getattr(module, "step", None)
     if step is None:
         return f"an unknown layer ({type(module).__name__} has no step(batch, stage) to run again)"
     found: list[str] = []
@@ -104,8 +104,9 @@ def first_nonfinite(trainer: Trainer, module: LightningModule, counter: int, bat
 
     handles = [child.register_forward_hook(hook) for child in module.modules()]
     try:
-        if hasattr(module, "reseed"):
-            module.reseed(counter)
+        reseed: Any = getattr(module, "reseed", None)
+        if reseed is not None:
+            reseed(counter)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             step(batch, "train")
     finally:

@@ -59,7 +59,7 @@ class Progress(ProgressBar):
         self._tokens += count_tokens(batch) * trainer.world_size
         step = trainer.global_step
         now = time.monotonic()
-        if (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0:
+        if (batch_idx + 1) % max(1, getattr(trainer, "log_every_n_steps", 1)) == 0:
             if now > self._since:
                 self._rate = self._tokens / (now - self._since)
                 pl_module.log("tokens_per_second", self._rate)
