@@ -235,8 +235,8 @@ INLINE void backward_block(const ConvArgs *a, int full, int64_t width, int w, in
   if (t.at == 0 && a->dinitial)
     for (int64_t i = 0; i < before; i++) {
       vf g = {0};
-      for (int64_t k = 0; k <= i; k++)
-        if (i - k < t.length) g += weight[k] * dpre[i - k];
+      for (int64_t k = 0; k <= i; k++) /* dpre is 0 past the end of the sequence */
+        g += weight[k] * dpre[i - k];
       float *to = a->dinitial + (t.sequence * a->channels + channel) * before + i;
       for (int j = 0; j < w; j++) {
         to[j * before] = g[j];
