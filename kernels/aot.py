@@ -2,11 +2,11 @@
 
     python -m ssm_modal.kernels.aot [--capability 90] [--only scan] [--jobs 2]
 
-Every module `ssm_modal.kernels.*.triton_*` may define `aot_cases() -> list[AotCase]`, one case for each configuration
-it ships; such modules are found by name, nothing needs registering. A case gives the kernel's arguments by name as a
-launch would see them, and is specialised by Triton's own rule (an int of 1 becomes a constant, a multiple of 16 is
-known to be one). Kernels must have been defined without `TRITON_INTERPRET=1`: an interpreted kernel cannot be
-compiled.
+Every module `ssm_modal.kernels.*.triton_*` may define `aot_cases() -> list[AotCase]`, one case for each
+configuration it ships; such modules are found by name, nothing needs registering. A case gives the kernel's
+arguments by name as a launch would see them, and is specialised by Triton's own rule (an int of 1 becomes a
+constant, a multiple of 16 is known to be one). Kernels must have been defined without `TRITON_INTERPRET=1`:
+an interpreted kernel cannot be compiled.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ _RESOURCES = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)")
 class AotCase:
     """One shipped configuration of one Triton kernel.
 
-    kernel: the function that `triton.jit` returned. config: a short name for the table. args: every parameter of the
-    kernel by name: a pointer as its Triton type ("*bf16", "*fp32", "*i64"; taken as 16-byte aligned), None for an
-    absent pointer, an int or float for a scalar, the value itself for a constexpr. num_warps, num_stages, maxnreg: the
-    launch options.
+    kernel: the function that `triton.jit` returned. config: a short name for the table. args: every parameter
+    of the kernel by name: a pointer as its Triton type ("*bf16", "*fp32", "*i64"; taken as 16-byte aligned),
+    None for an absent pointer, an int or float for a scalar, the value itself for a constexpr. num_warps,
+    num_stages, maxnreg: the launch options. minor: left out by `--quick` and the test suite, where a case
+    like it stands for it.
     """
 
     kernel: Any
@@ -44,6 +45,7 @@ class AotCase:
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None
+    minor: bool = False
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ class AotCase:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled case needs: registers a thread, bytes spilled (local memory) a thread, shared bytes a block."""
+    """What a case needs: registers and spilled bytes (local memory) a thread, shared bytes a block."""
 
     kernel: str
     config: str
@@ -81,7 +83,7 @@ def collect(modules: Iterable[str] | None = None) -> list[AotCase]:
 
 
 def _specialise(value: Any, specialize: bool, where: str) -> tuple[str, Any, list[Any]]:
-    """Triton type, constant (for type "constexpr") and attributes of one run-time argument, as at a launch."""
+    """Triton type, constant (for type "constexpr") and attributes of one run-time argument."""
     if value is None:
         return "constexpr", None, []
     if isinstance(value, str):
@@ -111,7 +113,8 @@ def compile_case(case: AotCase, capability: int = 90) -> Any:
 
     if not isinstance(case.kernel, JITFunction):
         raise RuntimeError(
-            f"{case.name} was defined under TRITON_INTERPRET=1 and cannot be compiled; unset it in a new process"
+            f"{case.name} was defined under TRITON_INTERPRET=1 and cannot be compiled; "
+            "unset it in a new process"
         )
     names = [p.name for p in case.kernel.params]
     if set(case.args) != set(names):
@@ -183,9 +186,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=min(4, os.cpu_count() or 1), help="compilations at a time"
     )
+    parser.add_argument("--quick", action="store_true", help="leave out the minor cases")
     args = parser.parse_args(argv)
     modules = [name for name in kernel_modules() if args.only in name]
-    rows = measure(collect(modules), args.capability, args.jobs)
+    cases = [case for case in collect(modules) if not (args.quick and case.minor)]
+    rows = measure(cases, args.capability, args.jobs)
     print(table(rows))
     spilling = [r for r in rows if r.spills]
     if spilling:

@@ -1,8 +1,8 @@
 """How the Triton selective scan is launched: one table by shape, no search at run time.
 
-The table rests on d_state (rounded up to a power of two), the number of (batch, channel block) programs and the
-length. The chunk size depends on d_state and the length alone, never on the device, so a backward finds the chunks
-that its forward made and `boundaries_shape` can be told ahead of a launch.
+The table rests on d_state (rounded up to a power of two), the number of (batch, channel block) programs and
+the length. The chunk size depends on d_state and the length alone, never on the device, so a backward finds
+the chunks that its forward made and `boundaries_shape` can be told ahead of a launch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from ssm_modal.kernels.sequences import Sequences
 
-# Sequences are walked through in one pass where there are this many warps a multiprocessor without cutting time,
-# about as many as its registers hold.
+# Sequences are walked through in one pass where there are this many warps a multiprocessor without cutting
+# time, about as many as its registers hold.
 SERIAL_WARPS = 16
 
 
@@ -70,7 +70,7 @@ def padded_state(d_state: int) -> int:
 
 
 def chunk_size_for(d_state: int) -> int:
-    """Steps a chunk. A saved state costs 4 * d_state bytes a channel, so larger states are saved more rarely."""
+    """Steps a chunk. A saved state costs 4 * d_state bytes a channel: larger states are saved more rarely."""
     return next(row[1] for row in SHIPPED if d_state <= row[0])
 
 
@@ -88,7 +88,7 @@ def scan_launch(
     device: torch.device,
     seqs: Sequences | None = None,
 ) -> ScanLaunch:
-    """The launch for inputs (batch, length, d_inner) with `groups` groups of B and C, packed when `seqs` is given."""
+    """The launch for inputs (batch, length, d_inner), `groups` groups of B and C, packed with `seqs`."""
     row = next(row for row in SHIPPED if d_state <= row[0])
     _, chunk, fwd_block, fwd_warps, fwd_registers, serial_registers, bwd_block, bwd_warps, steps = row
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else 132
@@ -99,7 +99,9 @@ def scan_launch(
     # Packed sequences of very unequal length leave a serial launch waiting for the longest.
     even = seqs is None or longest * rows <= 2 * length
     serial = longest <= chunk or (even and warps >= SERIAL_WARPS * multiprocessors)
-    chunks = boundaries_shape(batch, length, d_inner, d_state, groups, None if seqs is None else seqs.lengths)[0]
+    chunks = boundaries_shape(
+        batch, length, d_inner, d_state, groups, None if seqs is None else seqs.lengths
+    )[0]
     blocks = -(-group_channels // bwd_block)
     wanted = BWD_PROGRAMS * multiprocessors // bwd_warps
     splits = min(blocks, -(-wanted // max(1, chunks * groups)))

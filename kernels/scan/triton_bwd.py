@@ -2,17 +2,19 @@
 
 With g_t the gradient of the loss in h_t, dy_t that in the output before the gate and a_t = exp(dt_t A):
 
-    g_t = C_t dy_t + a_{t+1} g_{t+1}        dB_t  = sum over d of g_t dt_t u_t      dC_t = sum over d of h_t dy_t
-    du_t = dt_t <g_t, B_t> + D dy_t         ddt_t = u_t <g_t, B_t> + <g_t a_t h_{t-1}, A>
-    dA  = sum over t of g_t a_t h_{t-1} dt_t
+    g_t  = C_t dy_t + a_{t+1} g_{t+1}
+    dB_t = sum over d of g_t dt_t u_t          dC_t  = sum over d of h_t dy_t
+    du_t = dt_t <g_t, B_t> + D dy_t            ddt_t = u_t <g_t, B_t> + <g_t a_t h_{t-1}, A>
+    dA   = sum over t of g_t a_t h_{t-1} dt_t
 
 1. `chunk_grad_kernel`: what each chunk adds to the gradient of the state entering it, and its sum of dt.
 2. `triton_common.carry`, from the last chunk to the first: the gradient of the state leaving each chunk.
-3. `grad_kernel`: a chunk sweeps forward from its saved state and keeps every STEPS-th state in a scratch that stays in
-   cache; then, from the last STEPS steps to the first, rebuilds the states in registers and takes the gradients.
+3. `grad_kernel`: a chunk sweeps forward from its saved state and keeps every STEPS-th state in a scratch that
+   is read back soon after; then, from the last STEPS steps to the first, rebuilds the states in registers and
+   takes the gradients.
 
-Nothing is divided by a decay and nothing is atomic: dB and dC come as partial sums over blocks of channels, dA, dD and
-the bias as partial sums over chunks, added up afterwards, so the result is the same in every run.
+Nothing is divided by a decay and nothing is atomic: dB and dC come as partial sums over blocks of channels,
+dA, dD and the bias as partial sums over chunks, added up afterwards, so the result is the same in every run.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def chunk_grad_kernel(
     z0 = y0
     if z_ptr is not None:
         z0 = load_row(z_ptr, zero, z_time, d, mask_d, WIDE)
-    for i in range(0, trips(count)):
+    for i in range(trips(count)):
         ahead = zero + (i + 1) * step
         has = i + 1 < count
         y1 = load_row(dout_ptr, ahead, dout_time, d, mask_d & has, WIDE)
@@ -154,7 +156,7 @@ def grad_kernel(
     z_ptr,  # (batch, length, d_inner) or None
     bias_ptr,  # (d_inner,) fp32 or None
     states_ptr,  # (chunks, d_inner, d_state) fp32: state entering each chunk
-    grads_ptr,  # (chunks, d_inner, d_state) fp32: gradient of the state leaving each chunk; becomes dA of the chunk
+    grads_ptr,  # (chunks, d_inner, d_state) fp32: gradient of the state leaving a chunk; becomes its dA
     scratch_ptr,  # (programs, subs, BLOCK_D, BLOCK_N) fp32, a program's own
     du_ptr,  # out: (batch, length, d_inner), contiguous
     ddelta_ptr,  # out: (batch, length, d_inner), contiguous
@@ -225,7 +227,7 @@ def grad_kernel(
     dc_row = dc_ptr + partial
     first_block = split * blocks_per_split
     own_blocks = tl.minimum(blocks_per_split, blocks_per_group - first_block)
-    for r in range(0, trips(own_blocks)):
+    for r in range(trips(own_blocks)):
         block = group_index * blocks_per_group + first_block + r
         _, d, mask_d = channel_block(block, group_channels, blocks_per_group, BLOCK_D)
         mask = mask_d[:, None] & mask_n[None, :]
@@ -250,7 +252,7 @@ def grad_kernel(
 
         # Forward over the chunk: every STEPS-th state into the scratch.
         h = tl.load(states_ptr + chunk * size + tile, mask=mask, other=0.0)
-        for s in range(0, trips(own_subs)):
+        for s in range(trips(own_subs)):
             tl.store(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local, h)
             for j in tl.static_range(STEPS):
                 i = s * STEPS + j
@@ -263,13 +265,14 @@ def grad_kernel(
         # Lanes may read what others wrote.
         tl.debug_barrier()
 
-        # Back again. Steps beyond the end stand at the last step with dt and dy of 0: they change no state, add 0 to
-        # dB and dC, write dz a second time alike, and what they write of du and ddelta the last step overwrites.
+        # Back again. Steps beyond the end stand at the last step with dt and dy of 0: they change no state,
+        # add 0 to dB and dC, write dz a second time alike, and what they write of du and ddelta the last step
+        # overwrites.
         g = tl.load(grads_ptr + chunk * size + tile, mask=mask, other=0.0)
         da = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
         dskip = tl.zeros([BLOCK_D], tl.float32)
         dbias = tl.zeros([BLOCK_D], tl.float32)
-        for back in range(0, trips(own_subs)):
+        for back in range(trips(own_subs)):
             s = own_subs - 1 - back
             h = tl.load(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local)
             before = ()
@@ -290,7 +293,9 @@ def grad_kernel(
                     y = tl.sum(h * c[None, :], axis=1) + skip * u
                     dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
                     dy *= z * gate
-                    tl.store(dz_row + row_offset(at, d_inner, d, WIDE), dz.to(dz_ptr.dtype.element_ty), mask=mask_d)
+                    tl.store(
+                        dz_row + row_offset(at, d_inner, d, WIDE), dz.to(dz_ptr.dtype.element_ty), mask=mask_d
+                    )
                 dy = tl.where(i < count, dy, 0.0)
                 dskip += dy * u
                 dc = tl.sum(h * dy[:, None], axis=0)
@@ -359,10 +364,10 @@ def selective_scan_bwd(
 ]:
     """Gradients of `selective_scan_fwd`, to the same arguments and the same `launch`.
 
-    dout: (batch, length, d_inner), dtype of u; dfinal_state: (batch or sequences, d_inner, d_state) fp32 or None for
-    zeros; boundaries: the third result of the forward.
-    Returns du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state, each contiguous, of its argument's shape and
-    dtype, None where that argument was None.
+    dout: (batch, length, d_inner), dtype of u; dfinal_state: (batch or sequences, d_inner, d_state) fp32 or
+    None for zeros; boundaries: the third result of the forward. Returns du, ddelta, dA, dB, dC, dD, dz,
+    ddelta_bias, dinitial_state, each contiguous, of its argument's shape and dtype, None where that argument
+    was None.
     """
     batch, length, d_inner = u.shape
     groups, d_state = B.shape[2], B.shape[3]
@@ -374,7 +379,9 @@ def selective_scan_bwd(
     if u.numel() == 0:
         dinitial = None
         if initial_state is not None:
-            dinitial = initial_state.new_zeros(rows, d_inner, d_state) if exit_grad is None else exit_grad.clone()
+            dinitial = (
+                initial_state.new_zeros(rows, d_inner, d_state) if exit_grad is None else exit_grad.clone()
+            )
         plain = [None if x is None else x.new_zeros(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias)]
         return (*plain, dinitial)  # type: ignore[return-value]
 
@@ -527,7 +534,7 @@ def selective_scan_bwd(
 
 
 def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table, in bf16 with fp32 B and C, and in fp32 and packed reverse at one."""
+    """Both kernels at every row of the table in bf16 with fp32 B and C; at d_state 16 more."""
     cases = []
     for d_state, launch in shipped_launches():
         if launch.serial:
@@ -536,6 +543,7 @@ def aot_cases() -> list[AotCase]:
         if d_state == 16:
             variants += [("fp32", False), ("fp16", True)]
         for dtype, packed in variants:
+            minor = d_state not in (16, 256)
             table = "*i64" if packed else None
             names = ("dout", "u", "delta", "b", "c", "z")
             strides = {f"{name}_{axis}": 16 for name in names for axis in ("batch", "time")}
@@ -566,7 +574,12 @@ def aot_cases() -> list[AotCase]:
             own = {p.name: args[p.name] for p in chunk_grad_kernel.params}
             cases.append(
                 AotCase(
-                    chunk_grad_kernel, label, own, num_warps=launch.fwd_warps, maxnreg=launch.fwd_registers
+                    chunk_grad_kernel,
+                    label,
+                    own,
+                    num_warps=launch.fwd_warps,
+                    maxnreg=launch.fwd_registers,
+                    minor=minor,
                 )
             )
             args |= dict.fromkeys(("skip_ptr", "states_ptr", "scratch_ptr", "db_ptr", "dc_ptr"), "*fp32")
@@ -580,5 +593,5 @@ def aot_cases() -> list[AotCase]:
                 "BLOCK_D": launch.bwd_block,
             }
             own = {p.name: args[p.name] for p in grad_kernel.params}
-            cases.append(AotCase(grad_kernel, label, own, num_warps=launch.bwd_warps))
+            cases.append(AotCase(grad_kernel, label, own, num_warps=launch.bwd_warps, minor=minor))
     return cases

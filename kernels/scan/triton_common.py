@@ -1,12 +1,13 @@
 """What the forward and the backward Triton kernels of the selective scan share.
 
 Time is cut in chunks. A chunk maps the state that enters it to the one that leaves it, elementwise,
-h_out = exp(A * sum of dt) * h_in + e, where e is the state it ends with when entered with zero; the gradient of the
-states obeys the same law in the other direction. Both directions therefore run three passes: every chunk alone
-(`e` and the sum of dt), the carry over chunks (`carry` below), every chunk again with its true entering state.
+h_out = exp(A * sum of dt) * h_in + e, where e is the state it ends with when entered with zero; the gradient
+of the states obeys the same law in the other direction. Both directions therefore run three passes: every
+chunk alone (`e` and the sum of dt), the carry over chunks (`carry` below), every chunk again with its true
+entering state.
 
-Chunks are numbered sequence by sequence, in time order: chunk i of row b of a dense batch is `b * n_chunks + i`;
-packed sequences bring a table. Tables of states are (chunks, d_inner, d_state) fp32, contiguous.
+Chunks are numbered sequence by sequence, in time order: chunk i of row b of a dense batch is `b * n_chunks +
+i`; packed sequences bring a table. Tables of states are (chunks, d_inner, d_state) fp32, contiguous.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def sigmoid(x):
 def softplus(x):
     """log(1 + e^x) in fp32, relatively accurate down to the smallest normal number.
 
-    max(x, 0) + log1p(e) with e = e^-|x| in (0, 1], and log1p(e) = 2 artanh(e / (2 + e)) as a series, which keeps
-    steps below 1e-7 where log(1 + e) loses them and is cheaper than a logarithm. Above torch's threshold of 20
-    log1p(e) is below half a unit in the last place of x.
+    max(x, 0) + log1p(e) with e = e^-|x| in (0, 1], and log1p(e) = 2 artanh(e / (2 + e)) as a series, which
+    keeps steps below 1e-7 where log(1 + e) loses them and is cheaper than a logarithm. Above torch's
+    threshold of 20 log1p(e) is below half a unit in the last place of x.
     """
     e = tl.exp2(-tl.abs(x) * LOG2E)
     s = e / (2.0 + e)
@@ -67,7 +68,7 @@ def softplus(x):
 
 @triton.jit
 def load_row(ptr, i, stride, lanes, mask, WIDE: tl.constexpr):
-    """Row i of an array whose last axis is contiguous, counted from the row at `ptr`, in its own dtype; 0 where masked.
+    """Row i, counted from the row at `ptr`, of an array with a contiguous last axis; 0 where masked.
 
     The offset from `ptr` is 32 bits unless WIDE: 64-bit addresses for every lane and array cost registers.
     """
@@ -93,7 +94,7 @@ def time_step(raw, bias, valid, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def channel_block(block, group_channels, blocks_per_group, BLOCK_D: tl.constexpr):
-    """Group, channels [BLOCK_D] int32 and their mask of channel block `block`; a block never spans two groups."""
+    """Group, channels [BLOCK_D] int32 and their mask of a channel block; none spans two groups."""
     group = block // blocks_per_group
     inside = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
     return group, group * group_channels + inside, inside < group_channels
@@ -184,7 +185,7 @@ def carry_kernel(
     ahead = mask & (count > 0)
     own = tl.load(states_ptr + first * size + e, mask=ahead, other=0.0)
     dt = tl.load(sums_ptr + first * d_inner + d, mask=ahead, other=0.0)
-    for i in range(0, trips(count)):
+    for i in range(trips(count)):
         at = first + i * step
         ahead = mask & (i + 1 < count)
         next_own = tl.load(states_ptr + (at + step) * size + e, mask=ahead, other=0.0)
@@ -214,13 +215,13 @@ def carry(
     run_length: int,
     descending: bool,
 ) -> Tensor:
-    """Replace each chunk's contribution in `states` by the state that enters it; return the state after the last.
+    """Replace each chunk's contribution in `states` by the state entering it; return the last state.
 
     states: (chunks, d_inner, d_state), sums: (chunks, d_inner), A: (d_inner, d_state), all fp32 contiguous.
-    entry: (batch or sequences, d_inner, d_state) fp32 contiguous, the state entering each sequence, or None for
-    zeros. Returned: the same shape, the state each sequence ends with; an empty one hands `entry` through.
-    `descending` walks the chunks from the last to the first. Sequences of more than 2 * run_length chunks are
-    carried in runs, in parallel: over each run alone, over the runs, over each run again.
+    entry: (batch or sequences, d_inner, d_state) fp32 contiguous, the state entering each sequence, or None
+    for zeros. Returned: the same shape, the state each sequence ends with; an empty one hands `entry`
+    through. `descending` walks the chunks from the last to the first. Sequences of more than 2 * run_length
+    chunks are carried in runs, in parallel: over each run alone, over the runs, over each run again.
     """
     n_chunks_all, d_inner, d_state = states.shape
     if seqs is None:
@@ -293,7 +294,7 @@ def last_contiguous(x: Tensor) -> Tensor:
 
 
 def widen(m: Tensor, d_inner: int) -> Tensor:
-    """B or C as the kernels want it: fp32 where that copy is small beside u (a conversion in every program costs more).
+    """B or C as the kernels want it: fp32 where that copy is small beside u, as every program would convert.
 
     m: (batch, length, groups, d_state); the last axis of the result is contiguous.
     """

@@ -1,16 +1,16 @@
 """Triton forward of the selective scan: chunks of time in parallel, sequential inside a chunk.
 
-The tile of states is [BLOCK_N, BLOCK_D] with channels across lanes: one thread holds all states of its channel (or a
-share, where d_state is large and warps split it), a time step reads one coalesced row of each input, and the sum
-over states needs no exchange between lanes.
+The tile of states is [BLOCK_N, BLOCK_D] with channels across lanes: one thread holds all states of its
+channel (or a share, where d_state is large and warps split it), a time step reads one coalesced row of each
+input, and the sum over states needs no exchange between lanes.
 
 1. `chunk_state_kernel`: each chunk entered with zero: the state it ends with and its sum of dt.
 2. `triton_common.carry`: the state entering each chunk.
 3. `output_kernel`: each chunk again with that state: outputs, with skip connection and gate.
 
-Where the batch and the channels alone fill the GPU, or one chunk covers the sequence, `output_kernel` walks through
-the whole sequence (SERIAL) and passes 1 and 2 fall away. Either way the states entering the chunks are what the
-backward gets.
+Where the batch and the channels alone fill the GPU, or one chunk covers the sequence, `output_kernel` walks
+through the whole sequence (SERIAL) and passes 1 and 2 fall away. Either way the states entering the chunks
+are what the backward gets.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def chunk_state_kernel(
     u0 = load_row(u_ptr, zero, u_time, d, mask_d, WIDE)
     x0 = load_row(delta_ptr, zero, delta_time, d, mask_d, WIDE)
     b0 = load_row(b_ptr, zero, b_time, n, mask_n, WIDE)
-    has = 1 < count
+    has = count > 1
     u1 = load_row(u_ptr, zero + step, u_time, d, mask_d & has, WIDE)
     x1 = load_row(delta_ptr, zero + step, delta_time, d, mask_d & has, WIDE)
     b1 = load_row(b_ptr, zero + step, b_time, n, mask_n & has, WIDE)
@@ -231,7 +231,7 @@ def output_kernel(
     step = 1
     if REVERSE:
         step = -1
-    for k in range(0, trips(own_chunks)):
+    for k in range(trips(own_chunks)):
         chunk_start = start
         chunk_end = end
         if SERIAL:
@@ -257,7 +257,7 @@ def output_kernel(
         x0 = load_row(delta_row, zero, delta_time, d, mask_d, WIDE)
         b0 = load_row(b_row, zero, b_time, n, mask_n, WIDE)
         c0 = load_row(c_row, zero, c_time, n, mask_n, WIDE)
-        has = 1 < count
+        has = count > 1
         u1 = load_row(u_row, zero + step, u_time, d, mask_d & has, WIDE)
         x1 = load_row(delta_row, zero + step, delta_time, d, mask_d & has, WIDE)
         b1 = load_row(b_row, zero + step, b_time, n, mask_n & has, WIDE)
@@ -297,9 +297,7 @@ def output_kernel(
 
 
 @triton.jit
-def output_step(
-    h, rate, x, bias, u, b, c, skip, z, valid, SOFTPLUS: tl.constexpr, GATED: tl.constexpr
-):
+def output_step(h, rate, x, bias, u, b, c, skip, z, valid, SOFTPLUS: tl.constexpr, GATED: tl.constexpr):
     """State after one step and its output row in fp32."""
     dt = time_step(x, bias, valid, SOFTPLUS)
     u = u.to(tl.float32)
@@ -329,11 +327,12 @@ def selective_scan_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Selective scan (arXiv 2312.00752, algorithm 2) of validated arguments in Triton.
 
-    u, delta, z: (batch, length, d_inner), B, C: (batch, length, groups, d_state), one dtype of fp32, bf16, fp16, any
-    strides. A: (d_inner, d_state), D, delta_bias: (d_inner,), initial_state: (batch or sequences, d_inner, d_state),
-    fp32. `launch` overrides the table of `launch.py` (the backward must be given the same).
-    Returns out (batch, length, d_inner) in the dtype of u, the final state (batch or sequences, d_inner, d_state)
-    fp32, and the states entering the chunks, `boundaries_shape`, fp32, for `selective_scan_bwd`.
+    u, delta, z: (batch, length, d_inner), B, C: (batch, length, groups, d_state), one dtype of fp32, bf16,
+    fp16, any strides. A: (d_inner, d_state), D, delta_bias: (d_inner,), initial_state: (batch or sequences,
+    d_inner, d_state), fp32. `launch` overrides the table of `launch.py` (the backward must be given the
+    same). Returns out (batch, length, d_inner) in the dtype of u, the final state (batch or sequences,
+    d_inner, d_state) fp32, and the states entering the chunks, `boundaries_shape`, fp32, for
+    `selective_scan_bwd`.
     """
     batch, length, d_inner = u.shape
     groups, d_state = B.shape[2], B.shape[3]
@@ -369,7 +368,9 @@ def selective_scan_fwd(
         "SOFTPLUS": delta_softplus,
         "PACKED": seqs is not None,
         "REVERSE": reverse,
-        "WIDE": wide_offsets(chunk_size, *(x.stride(1) for x in (u, delta, B, C, out, u if z is None else z))),
+        "WIDE": wide_offsets(
+            chunk_size, *(x.stride(1) for x in (u, delta, B, C, out, u if z is None else z))
+        ),
         "CHUNK": chunk_size,
         "BLOCK_D": launch.fwd_block,
         "BLOCK_N": padded_state(d_state),
@@ -455,13 +456,14 @@ def selective_scan_fwd(
 
 
 def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table, in bf16 with fp32 B and C, and in fp32 and packed reverse at one."""
+    """Both kernels at every row of the table in bf16 with fp32 B and C; at d_state 16 more."""
     cases = []
     for d_state, launch in shipped_launches():
         variants = [("bf16", False)]
         if d_state == 16:
             variants += [("fp32", False), ("fp16", True)]
         for dtype, packed in variants:
+            minor = d_state not in (16, 256)
             table = "*i64" if packed else None
             shared: dict[str, object] = {
                 "u_ptr": f"*{dtype}",
@@ -488,7 +490,9 @@ def aot_cases() -> list[AotCase]:
                 "BLOCK_N": padded_state(d_state),
             }
             strides = {
-                f"{name}_{axis}": 16 for name in ("u", "delta", "b", "c", "z", "out") for axis in ("batch", "time")
+                f"{name}_{axis}": 16
+                for name in ("u", "delta", "b", "c", "z", "out")
+                for axis in ("batch", "time")
             }
             strides |= {"b_group": 16, "c_group": 16}
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
@@ -502,6 +506,7 @@ def aot_cases() -> list[AotCase]:
                         args,
                         num_warps=launch.fwd_warps,
                         maxnreg=launch.fwd_registers,
+                        minor=minor,
                     )
                 )
             args = shared | strides
@@ -518,6 +523,13 @@ def aot_cases() -> list[AotCase]:
             label += " serial" if launch.serial else ""
             registers = launch.serial_registers if launch.serial else launch.fwd_registers
             cases.append(
-                AotCase(output_kernel, label, args, num_warps=launch.fwd_warps, maxnreg=registers)
+                AotCase(
+                    output_kernel,
+                    label,
+                    args,
+                    num_warps=launch.fwd_warps,
+                    maxnreg=registers,
+                    minor=minor,
+                )
             )
     return cases
