@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -90,13 +91,22 @@ class LengthResult:
     note: str = ""
 
 
+class Counts(NamedTuple):
+    """Of one batch: labelled tokens predicted right, sequences predicted right as a whole, and the summed
+    cross-entropy at labelled tokens in nats."""
+
+    right: int
+    whole: int
+    loss: float
+
+
 def _answers(model: Any, ids: Tensor, state: Any, rows: Tensor, columns: Tensor) -> tuple[Tensor | None, Any]:
-    """What the model predicts at (rows, columns) of a segment, None where there are none; and its state."""
+    """The model's logits (n, vocab) at (rows, columns) of a segment, None where n is 0; and its state."""
     if hasattr(model, "hidden") and hasattr(model, "logits"):
         hidden, state = model.hidden(ids, state)
-        return (model.logits(hidden[rows, columns]).argmax(-1) if len(rows) else None), state
+        return (model.logits(hidden[rows, columns]) if len(rows) else None), state
     logits, state = model(ids, state)
-    return (logits[rows, columns].argmax(-1) if len(rows) else None), state
+    return (logits[rows, columns] if len(rows) else None), state
 
 
 def count_right(
@@ -106,8 +116,8 @@ def count_right(
     *,
     segment: int = SEGMENT,
     device: torch.device | None = None,
-) -> tuple[int, int]:
-    """Labelled tokens predicted right, and sequences predicted right as a whole.
+) -> Counts:
+    """What the model gets right, and its loss, the sequences streamed in segments.
 
     ids, labels: (batch, length) int64, best on the host: segments of `segment` tokens go to `device` one by
     one. A model that carries no state (a bidirectional one) takes each sequence in one piece.
@@ -115,6 +125,7 @@ def count_right(
     length = ids.shape[1]
     device = ids.device if device is None else device
     wrong = torch.zeros(len(ids), dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     state: Any = None
     start = 0
     while start < length:
@@ -122,15 +133,16 @@ def count_right(
         rows, columns = torch.nonzero(labels[:, start:stop] != IGNORE, as_tuple=True)
         wanted = labels[:, start:stop][rows, columns].to(device)
         rows, columns = rows.to(device), columns.to(device)
-        predicted, state = _answers(model, ids[:, start:stop].to(device), state, rows, columns)
+        logits, state = _answers(model, ids[:, start:stop].to(device), state, rows, columns)
         if start == 0 and stop < length and not any(isinstance(x, Tensor) for x in pytree.tree_leaves(state)):
             segment, state = length, None
             continue
-        if predicted is not None:
-            wrong.index_add_(0, rows, (predicted != wanted).to(torch.int64))
+        if logits is not None:
+            wrong.index_add_(0, rows, (logits.argmax(-1) != wanted).to(torch.int64))
+            loss += F.cross_entropy(logits.float(), wanted, reduction="sum").double()
         start = stop
     answers = int((labels != IGNORE).sum())
-    return answers - int(wrong.sum()), int((wrong == 0).sum())
+    return Counts(answers - int(wrong.sum()), int((wrong == 0).sum()), float(loss))
 
 
 def evaluate_setting(
@@ -172,9 +184,9 @@ def evaluate_setting(
         with torch.inference_mode():
             for start in range(first, last, batch):
                 made = source.test_batch(number, start, min(start + batch, last))
-                right, whole = count_right(model, made["ids"], made["labels"], segment=segment, device=device)
+                got = count_right(model, made["ids"], made["labels"], segment=segment, device=device)
                 answers = int((made["labels"] != IGNORE).sum())
-                counts += torch.tensor([right, whole, len(made["ids"]), answers, 0])
+                counts += torch.tensor([got.right, got.whole, len(made["ids"]), answers, 0])
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -34,10 +35,11 @@ class SyntheticTask(TrainingTask):
     """Learn to predict the labelled positions of sequences, and measure accuracy at many lengths.
 
     Logits are computed at labelled positions only. Validation logs `val/loss` and `val/accuracy` at the
-    trained length, `val/accuracy_<length>` at every other length that the data module validates, and the
-    least of them as `val/accuracy_min`. A test (`ssm-modal test`, or `fit` when it has ended) goes through
-    every test setting of the data module, long sequences streamed through the state (see
-    `ssm_modal.tasks.lengths`); the run's folder gets `lengths.csv`, `lengths_details.csv` and `lengths.png`.
+    trained length, `val/loss_<length>` and `val/accuracy_<length>` at every other length that the data module
+    validates, the greatest loss as `val/loss_max` and the least accuracy as `val/accuracy_min`. A test
+    (`ssm-modal test`, or `fit` when it has ended) goes through every test setting of the data module, long
+    sequences streamed through the state (see `ssm_modal.tasks.lengths`); the run's folder gets `lengths.csv`,
+    `lengths_details.csv` and `lengths.png`.
 
     The data module must give what `SyntheticDataModule` gives: `length`, `chance`, `test_settings` and
     `test_batch`.
@@ -116,10 +118,12 @@ class SyntheticTask(TrainingTask):
         """The loss at the labelled positions; in validation accuracy too."""
         ids = batch["ids"]
         if stage == "val" and ids.shape[1] != self.data.length:
-            right, _ = count_right(self.model, ids, batch["labels"], segment=self.segment)
+            got = count_right(self.model, ids, batch["labels"], segment=self.segment)
             nothing = torch.zeros((), device=ids.device)
-            pair = (torch.tensor(float(right)), torch.tensor(float(len(batch["targets"]))))
-            return StepOutput(nothing, nothing, {f"accuracy_{ids.shape[1]}": pair})
+            count = torch.tensor(float(len(batch["targets"])))
+            right, streamed = torch.tensor(float(got.right)), torch.tensor(got.loss)
+            sums = {f"accuracy_{ids.shape[1]}": (right, count), f"loss_{ids.shape[1]}": (streamed, count)}
+            return StepOutput(nothing, nothing, sums)
         logits = self._labelled_logits(batch)
         targets = batch["targets"]
         count = torch.tensor(len(targets), device=ids.device)
@@ -141,8 +145,11 @@ class SyntheticTask(TrainingTask):
         self.log("lr", self.optimizer_config.lr * factor)
 
     def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
-        """The least validated accuracy."""
-        return {"accuracy_min": _least_accuracy(means)} if stage == "val" else {}
+        """The least accuracy and the greatest loss of all validated lengths."""
+        if stage != "val":
+            return {}
+        greatest = max((v for name, v in means.items() if name.startswith("loss")), default=math.nan)
+        return {"accuracy_min": _least_accuracy(means), "loss_max": greatest}
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

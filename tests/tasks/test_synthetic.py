@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def test_wrong_and_right_answers_are_counted_one_by_one() -> None:
     labels = torch.full_like(ids, IGNORE)
     labels[0, 1], labels[0, 3], labels[1, 2], labels[2, 0] = 3, 3, 3, 2
     for segment in (1, 2, 3, 4, 9):
-        assert count_right(Fixed(3), ids, labels, segment=segment) == (3, 2)
+        got = count_right(Fixed(3), ids, labels, segment=segment)
+        assert (got.right, got.whole) == (3, 2)
+        # One logit of 1 among 15 of 0: three right, one wrong.
+        assert got.loss == pytest.approx(4 * math.log(math.e + 15) - 3, abs=1e-5)
 
 
 def test_a_model_without_state_takes_each_sequence_whole() -> None:
@@ -115,7 +119,7 @@ def test_a_model_without_state_takes_each_sequence_whole() -> None:
     ids = torch.zeros(2, 10, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
     labels[:, -1] = 0
-    assert count_right(model, ids, labels, segment=4) == (2, 2)
+    assert count_right(model, ids, labels, segment=4)[:2] == (2, 2)
     assert model.shapes == [(2, 4), (2, 10)], "seen to carry nothing after the first segment"
 
 
@@ -169,7 +173,7 @@ def test_streamed_answers_are_the_unstreamed_ones(name: str) -> None:
     assert 0 < expected < int(asked.sum())
     with torch.inference_mode():
         for segment in (96, 40, 13):
-            assert count_right(model, batch["ids"], batch["labels"], segment=segment) == (right, whole)
+            assert count_right(model, batch["ids"], batch["labels"], segment=segment)[:2] == (right, whole)
             assert count_right(model, batch["ids"], labels, segment=segment)[0] == expected
 
 
@@ -287,6 +291,11 @@ def test_a_small_training_learns_stops_early_and_is_tested(tmp_path: Path) -> No
     assert metrics["val/accuracy"] >= 0.99
     assert metrics["val/accuracy_24"] >= 0.99
     assert metrics["val/accuracy_min"] == min(metrics["val/accuracy"], metrics["val/accuracy_24"])
+    assert metrics["val/loss_max"] == max(metrics["val/loss"], metrics["val/loss_24"])
+    made = data.val_batch(1)
+    logits = task.model(made["ids"])[0][:, -1]
+    expected = nn.functional.cross_entropy(logits, made["labels"][:, -1])
+    assert metrics["val/loss_24"] == pytest.approx(expected.item(), rel=1e-4)
     (tested,) = trainer.test(task, datamodule=data, verbose=False)
     with open(tmp_path / "lengths.csv", newline="") as file:
         rows = list(csv.DictReader(file))
