@@ -31,6 +31,9 @@ class LanguageModelling(TrainingTask):
             (each validation) or "test" (`ssm-modal test`, and after training). Needs a data module with
             `stream(split)`: all ids of "validation" or "test" in order (tokens,).
         stream_segment: tokens that go through the model at once in the streamed pass.
+        input_noise: in training, the share of input ids replaced by ids drawn uniformly from the vocabulary; the
+            labels stay. A regulariser for small texts (data noising, Xie et al., arXiv 1703.02573, with the
+            uniform in place of the unigram distribution).
 
     Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a token, the mean over all targets),
     `perplexity`, `bits_per_byte` where the data module has `bytes_per_token(split)`, and `stream_loss` and
@@ -47,16 +50,26 @@ class LanguageModelling(TrainingTask):
         init_part: Literal["all", "backbone"] = "all",
         stream: Literal["off", "validate", "test"] = "off",
         stream_segment: int = 4096,
+        input_noise: float = 0.0,
     ) -> None:
         super().__init__(model, overrides, optimizer, schedule, init_from, init_part)
         if stream not in ("off", "validate", "test"):
             raise ValueError(f"stream is {stream!r}, expected off, validate or test")
         if stream_segment < 1:
             raise ValueError(f"stream_segment is {stream_segment}, expected 1 or more")
-        self.stream, self.stream_segment = stream, stream_segment
+        if not 0 <= input_noise < 1:
+            raise ValueError(f"input_noise is {input_noise}, expected 0 or more and below 1")
+        self.stream, self.stream_segment, self.input_noise = stream, stream_segment, input_noise
 
     def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
+        if stage == "train" and self.input_noise:
+            batch = {**batch, "ids": self._noised(batch["ids"])}
         return StepOutput(*token_loss(self.logits(batch), batch["labels"]))
+
+    def _noised(self, ids: Tensor) -> Tensor:
+        """`ids` with a share of `input_noise` drawn anew."""
+        drawn = torch.randint_like(ids, self.hparams["model_config"]["vocab_size"])
+        return torch.where(torch.rand(ids.shape, device=ids.device) < self.input_noise, drawn, ids)
 
     def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
         if "loss" not in means:

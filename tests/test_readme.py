@@ -1,0 +1,52 @@
+"""The README's script and commands are what they say: its Python block runs on a run of the command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _run(args: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(args, cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.slow
+def test_script_runs_on_a_backbone_trained_by_the_command_line(tmp_path: Path) -> None:
+    """`fit` for two steps, then the README's script to the letter, from another folder."""
+    config = ROOT / "configs/synthetic/induction_heads.yaml"
+    fit = [sys.executable, "-m", "ssm_modal.cli.main", "fit", "--config", str(config)]
+    fit += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    fit += ["--data.init_args.lengths", "[64]", "--data.init_args.val_lengths", "[64]"]
+    done = _run([*fit, "--data.init_args.sequences", "4", "--data.init_args.val_sequences", "4"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        (tmp_path / "runs/induction_heads/lengths.csv")
+        .read_text()
+        .startswith("length,accuracy,sequences\n64,")
+    )
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 1, "the README shows one script"
+    script = tmp_path / "script.py"
+    script.write_text(blocks[0], encoding="utf-8")
+    done = _run([sys.executable, str(script)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    loss = float(re.fullmatch(r"loss (\d+\.\d+)\n", done.stdout)[1])  # type: ignore[index]
+    assert 0 < loss < 5
+
+
+def test_commands_name_files_that_exist() -> None:
+    named = set(re.findall(r"\bconfigs/[\w/]+\.yaml", README)) | set(
+        re.findall(r"\]\(((?:docs/)?[\w/]+\.\w+)\)", README)
+    )
+    assert "configs/synthetic/induction_heads.yaml" in named
+    missing = [name for name in sorted(named) if not (ROOT / name).is_file()]
+    assert not missing
