@@ -4,6 +4,7 @@ second."""
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from typing import Any
@@ -50,7 +51,11 @@ class Progress(ProgressBar):
         if self._enabled and sys.stderr.isatty():
             total = trainer.max_steps if trainer.max_steps > 0 else None
             self._bar = tqdm(
-                total=total, initial=trainer.global_step, unit="step", dynamic_ncols=True, desc="training"
+                total=total,
+                initial=trainer.global_step,
+                unit="step",
+                ncols=shutil.get_terminal_size().columns,
+                desc="training",
             )
 
     def on_train_batch_end(
