@@ -31,9 +31,9 @@ class LanguageModelling(TrainingTask):
             (each validation) or "test" (`ssm-modal test`, and after training). Needs a data module with
             `stream(split)`: all ids of "validation" or "test" in order (tokens,).
         stream_segment: tokens that go through the model at once in the streamed pass.
-        input_noise: in training, the share of input ids replaced by ids drawn uniformly from the vocabulary; the
-            labels stay. A regulariser for small texts (data noising, Xie et al., arXiv 1703.02573, with the
-            uniform in place of the unigram distribution).
+        input_noise: in training, the share of input ids replaced by ids drawn uniformly from the vocabulary;
+            the labels stay. A regulariser for small texts (data noising, Xie et al., arXiv 1703.02573, with
+            the uniform in place of the unigram distribution).
 
     Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a token, the mean over all targets),
     `perplexity`, `bits_per_byte` where the data module has `bytes_per_token(split)`, and `stream_loss` and

@@ -25,6 +25,7 @@ def test_script_runs_on_a_backbone_trained_by_the_command_line(tmp_path: Path) -
     config = ROOT / "configs/synthetic/induction_heads.yaml"
     fit = [sys.executable, "-m", "ssm_modal.cli.main", "fit", "--config", str(config)]
     fit += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    fit += ["--model.init_args.schedule.warmup_steps", "0"]
     fit += ["--data.init_args.lengths", "[64]", "--data.init_args.val_lengths", "[64]"]
     done = _run([*fit, "--data.init_args.sequences", "4", "--data.init_args.val_sequences", "4"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
