@@ -17,6 +17,9 @@ Nothing is divided by a decay and nothing is atomic: dB and dC come as partial s
 dA, dD and the bias as partial sums over chunks, added up afterwards, so the result is the same in every run.
 """
 
+# Triton kernels are a language of their own, which mypy cannot read.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import torch
@@ -35,6 +38,7 @@ from ssm_modal.kernels.scan.triton_common import (
     chunk_range,
     last_contiguous,
     load_row,
+    on_its_device,
     row_offset,
     sigmoid,
     time_step,
@@ -341,6 +345,7 @@ def grad_kernel(
         tl.debug_barrier()
 
 
+@on_its_device
 def selective_scan_bwd(
     dout: Tensor,
     dfinal_state: Tensor | None,

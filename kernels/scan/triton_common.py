@@ -10,7 +10,14 @@ Chunks are numbered sequence by sequence, in time order: chunk i of row b of a d
 i`; packed sequences bring a table. Tables of states are (chunks, d_inner, d_state) fp32, contiguous.
 """
 
+# Triton kernels are a language of their own, which mypy cannot read.
+# mypy: ignore-errors
+
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -286,6 +293,21 @@ def carry(
 def wide_offsets(chunk_size: int, *row_strides: int) -> bool:
     """Whether an offset inside one chunk may need more than 32 bits."""
     return (chunk_size + 4) * max(abs(stride) for stride in row_strides) >= 2**31 - 2**22
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` with the GPU of its first argument current: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ through the whole sequence (SERIAL) and passes 1 and 2 fall away. Either way the
 are what the backward gets.
 """
 
+# Triton kernels are a language of their own, which mypy cannot read.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import torch
@@ -36,6 +39,7 @@ from ssm_modal.kernels.scan.triton_common import (
     chunk_range,
     last_contiguous,
     load_row,
+    on_its_device,
     row_offset,
     sigmoid,
     time_step,
@@ -309,6 +313,7 @@ def output_step(h, rate, x, bias, u, b, c, skip, z, valid, SOFTPLUS: tl.constexp
     return h, y
 
 
+@on_its_device
 def selective_scan_fwd(
     u: Tensor,
     delta: Tensor,

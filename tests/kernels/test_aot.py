@@ -21,6 +21,7 @@ def run_without_interpreter(code: str, timeout: int) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_shipped_configurations_spill_nothing() -> None:
     """The representative set; `python -m ssm_modal.kernels.aot` covers every case."""
     done = run_without_interpreter("from ssm_modal.kernels.aot import main; exit(main(['--quick']))", 280)
