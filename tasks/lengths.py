@@ -37,23 +37,12 @@ TOKENS_IN_FLIGHT = {"cpu": 1 << 14, "cuda": 1 << 19}
 """Tokens of all sequences of a batch that go through the model at once, by kind of device."""
 
 
-class Setting(Protocol):
-    """One kind of test sequence: its length, how many are tested, its key-value pairs (None: it has none)."""
-
-    @property
-    def length(self) -> int: ...
-    @property
-    def sequences(self) -> int | None: ...
-    @property
-    def pairs(self) -> int | None: ...
-
-
 class Source(Protocol):
     """Where test sequences come from. `SyntheticDataModule` is one."""
 
     @property
     def test_settings(self) -> Sequence[Any]:
-        """What to test, each a `Setting`."""
+        """What to test: objects with `length`, `sequences` (how many) and `pairs` (of MQAR, or None)."""
         ...
 
     @property
