@@ -71,7 +71,8 @@ class SyntheticDataModule(L.LightningDataModule):
             batches of one setting each, in an order drawn anew each epoch.
         constant_tokens: batches of shorter sequences hold `batch_size * length // their length` sequences, so
             that every batch has about as many tokens.
-        repeat: train on the same sequences in every epoch of `train_settings`, as Zoology does.
+        repeat: train on the same sequences in every epoch of `train_settings`, as Zoology does; every setting
+            needs `sequences`.
         test_settings: instead of `lengths`.
         val_lengths: lengths validated besides `length`.
         val_sequences: validation sequences of each length.
@@ -115,6 +116,10 @@ class SyntheticDataModule(L.LightningDataModule):
             raise ValueError(f"sequences is {sequences}, expected at least 1")
         if train_lengths is not None and train_settings is not None:
             raise ValueError("train_lengths and train_settings are both given, expected one of them")
+        if repeat and any(s.sequences is None for s in train_settings or [Setting(length)]):
+            raise ValueError(
+                "repeat is True, expected train_settings with `sequences` each: what an epoch holds"
+            )
         if lengths is not None and test_settings is not None:
             raise ValueError("lengths and test_settings are both given, expected one of them")
         if test_settings is not None and sequences is not None:

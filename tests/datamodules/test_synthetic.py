@@ -297,6 +297,8 @@ def test_unknown_options_lengths_and_splits_are_refused() -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"sequences": 0}, "sequences is 0"),
         ({"train_lengths": [64, 128]}, "expected the longest to be length = 256"),
+        ({"repeat": True}, "repeat is True, expected train_settings"),
+        ({"repeat": True, "train_settings": [Setting(256)]}, "repeat is True, expected train_settings"),
         ({"lengths": []}, "lengths is empty"),
         ({"lengths": [2]}, "length is 2, expected at least 3"),
         ({"train_lengths": [256], "train_settings": [Setting(256)]}, "expected one of them"),
