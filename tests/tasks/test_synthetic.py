@@ -157,7 +157,7 @@ def test_a_long_sequence_needs_no_more_memory_than_a_short_one(device: torch.dev
 @pytest.mark.parametrize("name", ["mamba_lm", "s4d_lm", "transformer_lm"])
 def test_streamed_answers_are_the_unstreamed_ones(name: str) -> None:
     torch.manual_seed(3)
-    model = create_model(name, vocab_size=16, d_model=32, n_layers=2, embedding_std=1.0).eval()
+    model = create_model(name, vocab_size=16, d_model=32, n_layers=2, embedding_std=0.1).eval()
     data = SyntheticDataModule("selective_copying", length=96, sequences=24, seed=0)
     batch = data.test_batch(0, 0, 24)
     with torch.inference_mode():
@@ -172,9 +172,17 @@ def test_streamed_answers_are_the_unstreamed_ones(name: str) -> None:
     expected = int((predicted == labels)[asked].sum())
     assert 0 < expected < int(asked.sum())
     with torch.inference_mode():
+        loss = nn.functional.cross_entropy(
+            model(batch["ids"])[0][asked], labels[asked], reduction="sum"
+        ).item()
         for segment in (96, 40, 13):
             assert count_right(model, batch["ids"], batch["labels"], segment=segment)[:2] == (right, whole)
-            assert count_right(model, batch["ids"], labels, segment=segment)[0] == expected
+            got = count_right(model, batch["ids"], labels, segment=segment)
+            assert got.right == expected
+            assert got.loss == pytest.approx(loss, rel=1e-5), "the state is carried"
+        # The labels are on the last 16 positions: a segment that started afresh there would see nothing before.
+        alone = count_right(model, batch["ids"][:, 80:], labels[:, 80:])
+        assert alone.loss != pytest.approx(loss, rel=3e-4)
 
 
 def test_lengths_too_long_are_reported_and_the_others_tested() -> None:
