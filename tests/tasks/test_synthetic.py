@@ -180,7 +180,7 @@ def test_streamed_answers_are_the_unstreamed_ones(name: str) -> None:
             got = count_right(model, batch["ids"], labels, segment=segment)
             assert got.right == expected
             assert got.loss == pytest.approx(loss, rel=1e-5), "the state is carried"
-        # The labels are on the last 16 positions: a segment that started afresh there would see nothing before.
+        # The labels are on the last 16 positions: a segment that started afresh there would differ.
         alone = count_right(model, batch["ids"][:, 80:], labels[:, 80:])
         assert alone.loss != pytest.approx(loss, rel=3e-4)
 
