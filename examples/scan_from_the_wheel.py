@@ -1,4 +1,4 @@
-"""Import the package and run a scan with the core dependencies alone (CI runs this from the installed wheel)."""
+"""Import the package and run a scan with the core dependencies alone; CI runs this from the wheel."""
 
 import torch
 

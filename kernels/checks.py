@@ -58,7 +58,7 @@ def check_device(op: str, name: str, value: Tensor, device: torch.device, beside
 
 
 def check_same(op: str, tensors: dict[str, Tensor | None], reference: str, lead: Tensor) -> None:
-    """Raise unless every given tensor shares dtype and device with `lead`, the argument called `reference`."""
+    """Raise unless every given tensor shares dtype and device with `lead`, named `reference`."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -132,7 +132,7 @@ def explain(
         if reason is not None:
             raise BackendError(f"{op}: backend {asked!r} ({source}) cannot serve: {reason}")
         return Choice(asked, f"asked for by {source}")
-    refused = []
+    refused: list[str] = []
     for candidate in SUPPORT[op]:
         # Interpreted Triton is for tests; it never serves a call that did not ask for it.
         reason = (

@@ -1,12 +1,13 @@
 """Packed sequences: validated once, with the lengths on the host and every table on the device.
 
 Sequences of unequal length stand end to end along axis 1 of a batch of one; `cu_seqlens` holds their borders:
-sequence i is `[cu_seqlens[i], cu_seqlens[i + 1])`. A model builds one `Sequences` a batch and hands it to every
-layer, so no layer reads the device (a read would synchronise and break CUDA graphs and compiled graphs).
+sequence i is `[cu_seqlens[i], cu_seqlens[i + 1])`. A model builds one `Sequences` a batch and hands it to
+every layer, so no layer reads the device (a read would synchronise and break CUDA and compiled graphs).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class ChunkTable:
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Packed sequences of the given `lengths`, their borders `cu_seqlens` (sequences + 1,) int64 on the device."""
+    """Packed sequences of the given `lengths`; their borders `cu_seqlens` (sequences + 1,) int64."""
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
@@ -60,8 +61,8 @@ class Sequences:
     def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequences, length: int, device: torch.device) -> Sequences:
         """Validate `cu_seqlens` against a packed axis of `length` steps (reads the device once).
 
-        Raises TypeError for a wrong type or dtype, ValueError for borders that do not start at 0, that fall, or
-        that do not end at `length`.
+        Raises TypeError for a wrong type or dtype, ValueError for borders that do not start at 0, that fall,
+        or that do not end at `length`.
         """
         if isinstance(cu_seqlens, Sequences):
             if cu_seqlens.total != length:
@@ -80,7 +81,7 @@ class Sequences:
             raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
         if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (sequences + 1,) with at least 2 entries"
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (sequences + 1,), 2 or more"
             )
         if cu_seqlens.device != device:
             raise ValueError(
@@ -89,14 +90,14 @@ class Sequences:
         host = [int(n) for n in cu_seqlens.tolist()]
         if host[0] != 0:
             raise ValueError(f"cu_seqlens[0] is {host[0]}, expected 0")
-        for i, (a, b) in enumerate(zip(host, host[1:])):
+        for i, (a, b) in enumerate(itertools.pairwise(host)):
             if b < a:
                 raise ValueError(
                     f"cu_seqlens falls from {a} to {b} at index {i + 1}, expected rising borders"
                 )
         if host[-1] != length:
             raise ValueError(f"cu_seqlens ends at {host[-1]}, expected {length}, the length of the input")
-        return cls(tuple(b - a for a, b in zip(host, host[1:])), cu_seqlens.to(torch.int64))
+        return cls(tuple(b - a for a, b in itertools.pairwise(host)), cu_seqlens.to(torch.int64))
 
     @property
     def n(self) -> int:
@@ -164,7 +165,7 @@ _CACHE_SIZE = 16
 def cached_sequences(cu_seqlens: Tensor | None, lengths: Sequence[int]) -> Sequences | None:
     """The `Sequences` of these lengths on this device, built once while it stays among the last used.
 
-    For custom ops, which take tensors and numbers only: their tables are then neither built nor copied once a layer.
+    For custom ops, which take tensors and numbers only: so no layer builds or copies the tables again.
     """
     if cu_seqlens is None:
         return None

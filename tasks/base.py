@@ -152,9 +152,8 @@ class TrainingTask(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, with the schedule moved once an optimizer step."""
-        # fp16's loss scaling forbids clipping beside an optimizer that unscales gradients itself, as the
-        # fused one.
-        allow_fused = not str(self.trainer.precision).startswith("16")
+        # Under mixed precision Lightning refuses to clip gradients beside a fused optimizer, bf16 included.
+        allow_fused = "mixed" not in str(self.trainer.precision)
         optimizer = build_optimizer(self, self.optimizer_config, allow_fused=allow_fused)
         schedule = build_schedule(
             optimizer, self.schedule_config, self.optimizer_config.lr, int(self.trainer.max_steps)

@@ -112,7 +112,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over the parameter groups of `model`.
 
-    `allow_fused=False` keeps torch's fused kernel off where `config.fused` is None (fp16 loss scaling with
+    `allow_fused=False` keeps torch's fused kernel off where `config.fused` is None (mixed precision with
     clipping needs gradients that the optimizer does not unscale itself).
     """
     groups = parameter_groups(model, config)

@@ -1,4 +1,7 @@
-"""One tolerance table by dtype: the largest allowed ||out - ref|| / ||ref|| against fp64 on identically rounded inputs."""
+"""One tolerance table by dtype: the largest ||out - ref|| / ||ref|| allowed.
+
+The reference is fp64 on identically rounded inputs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ GRADIENT = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 8e-3, torc
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref|| in fp64 (complex128); plain ||out|| where ref is zero; NaN counts as infinite."""
+    """||out - ref|| / ||ref|| in fp64 (complex128); ||out|| where ref is zero; NaN is infinite."""
     wide = torch.complex128 if ref.is_complex() else torch.float64
     out, ref = out.detach().to("cpu", wide), ref.detach().to("cpu", wide)
     assert out.shape == ref.shape, f"shapes {tuple(out.shape)} and {tuple(ref.shape)} differ"
