@@ -53,7 +53,7 @@ def test_chunks_cover_every_step_once_and_cross_no_border(chunk_size: int) -> No
         (torch.tensor([1, 7]), ValueError, r"cu_seqlens\[0\] is 1, expected 0"),
         (torch.tensor([0, 5, 3, 7]), ValueError, "falls from 5 to 3 at index 2"),
         (torch.tensor([0, 6]), ValueError, "ends at 6, expected 7"),
-        (torch.tensor([0]), ValueError, "at least 2 entries"),
+        (torch.tensor([0]), ValueError, "2 or more"),
         (torch.tensor([[0, 7]]), ValueError, r"shape \(1, 2\)"),
         (torch.tensor([0.0, 7.0]), TypeError, "float32, expected int32 or int64"),
         ([0, 7], TypeError, "must be a tensor or Sequences, got list"),
