@@ -154,7 +154,7 @@ def _forward(
         out = torch.addcmul(out, u.to(out.dtype), D)
     if z is not None:
         out = out * F.silu(z.to(out.dtype))
-    return out.to(u.dtype).contiguous(), from_groups(final), boundaries
+    return out.to(u.dtype).contiguous(), from_groups(final).contiguous(), boundaries
 
 
 def _advance(rows: Rows, block: slice, h: Tensor, reverse: bool, y: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ def _backward(
         dD,
         dz,
         ddelta_bias,
-        None if initial_state is None else from_groups(dinitial),
+        None if initial_state is None else from_groups(dinitial).contiguous(),
     )
 
 
