@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ssm_modal.kernels.custom_ops import goes_straight, register, without_none
 from ssm_modal.kernels.sequences import Sequences, cached_sequences
 
 torch.library.define(
@@ -27,13 +27,9 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def backend_functions(backend: str) -> tuple[Any, Any]:
-    """`causal_conv1d_fwd` and `causal_conv1d_bwd` of backend "triton" or "cpu", imported when first asked
-    for.
-    """
+    """A backend's `causal_conv1d_fwd` and `causal_conv1d_bwd`, imported when first asked for."""
     if backend == "triton":
         from ssm_modal.kernels.conv import triton_conv
 
@@ -53,16 +49,9 @@ def convolve(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, final state) by `backend` on checked arguments, differentiable.
-
-    Where no gradient is recorded, an eager call goes straight to the backend: the dispatcher and autograd's
-    bookkeeping cost more than a short convolution.
-    """
-    if not torch.compiler.is_compiling():
-        given = (x, weight, bias, initial_state)
-        plain = all(t is None or type(t) in _PLAIN for t in given) and _get_current_dispatch_mode() is None
-        if plain and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
-            return backend_functions(backend)[0](x, weight, bias, silu, initial_state, seqs, reverse)
+    """(out, final state) by `backend` on checked arguments, differentiable."""
+    if goes_straight((x, weight, bias, initial_state)):
+        return backend_functions(backend)[0](x, weight, bias, silu, initial_state, seqs, reverse)
     cu_seqlens, lengths = (None, []) if seqs is None else (seqs.cu_seqlens, list(seqs.lengths))
     return torch.ops.ssm_modal.causal_conv1d_fwd(
         x, weight, bias, silu, initial_state, cu_seqlens, lengths, reverse, backend
@@ -111,19 +100,11 @@ def _bwd(
     lengths: Sequence[int],
     reverse: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     seqs = cached_sequences(cu_seqlens, lengths)
-    dx, dweight, dbias, dinitial = backend_functions(backend)[1](
-        dout, dfinal_state, x, weight, bias, silu, initial_state, seqs, reverse
-    )
-    # A custom op returns tensors only: an empty one stands for None.
-    absent = x.new_empty(0)
-    return (
-        dx,
-        dweight,
-        absent if dbias is None else dbias,
-        absent.clone() if dinitial is None else dinitial,
-    )
+    bwd = backend_functions(backend)[1]
+    grads = bwd(dout, dfinal_state, x, weight, bias, silu, initial_state, seqs, reverse)
+    return without_none(grads, x)
 
 
 def _bwd_fake(
@@ -169,16 +150,14 @@ def _backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tup
     return dx, dweight, dbias, None, dinitial, None, None, None, None
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "causal_conv1d has first derivatives only on backends 'triton' and 'cpu': a second derivative was "
-        "asked for (backward through a gradient taken with create_graph=True); use backend='torch' for that"
-    )
-
-
-torch.library.impl("ssm_modal::causal_conv1d_fwd", "default")(_fwd)
-torch.library.impl("ssm_modal::causal_conv1d_bwd", "default")(_bwd)
-torch.library.register_fake("ssm_modal::causal_conv1d_fwd")(_fwd_fake)
-torch.library.register_fake("ssm_modal::causal_conv1d_bwd")(_bwd_fake)
-torch.library.register_autograd("ssm_modal::causal_conv1d_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("ssm_modal::causal_conv1d_bwd", _no_double_backward)
+register(
+    "causal_conv1d",
+    forward=_fwd,
+    forward_fake=_fwd_fake,
+    backward=_bwd,
+    backward_fake=_bwd_fake,
+    setup_context=_setup_context,
+    gradients=_backward,
+    no_second="causal_conv1d has first derivatives only on backends 'triton' and 'cpu': a second derivative "
+    "was asked for (backward through a gradient taken with create_graph=True); use backend='torch' for that",
+)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ssm_modal.kernels.custom_ops import goes_straight, register, without_none
 from ssm_modal.kernels.norm.ref import residual_dtype
 
 torch.library.define(
@@ -22,8 +22,6 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def norm(
     x: Tensor,
@@ -35,18 +33,12 @@ def norm(
     residual_in_fp32: bool,
     group_size: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, sum with the residual or None) by Triton on checked arguments, differentiable.
-
-    Where no gradient is recorded, an eager call goes straight to the kernel, past torch's dispatcher.
-    """
+    """(out, sum with the residual or None) by Triton on checked arguments, differentiable."""
     options = (eps, norm_before_gate, residual_in_fp32, group_size)
-    if not torch.compiler.is_compiling():
-        given = (x, weight, residual, gate)
-        plain = all(t is None or type(t) in _PLAIN for t in given) and _get_current_dispatch_mode() is None
-        if plain and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
-            from ssm_modal.kernels.norm.triton_norm import rms_norm_fwd
+    if goes_straight((x, weight, residual, gate)):
+        from ssm_modal.kernels.norm.triton_norm import rms_norm_fwd
 
-            return rms_norm_fwd(x, weight, residual, gate, *options)[:2]
+        return rms_norm_fwd(x, weight, residual, gate, *options)[:2]
     out, total, _ = torch.ops.ssm_modal.rms_norm_fwd(x, weight, residual, gate, *options)
     return out, None if residual is None else total
 
@@ -60,14 +52,11 @@ def _fwd(
     norm_before_gate: bool,
     residual_in_fp32: bool,
     group_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     from ssm_modal.kernels.norm.triton_norm import rms_norm_fwd
 
-    out, total, rstd = rms_norm_fwd(
-        x, weight, residual, gate, eps, norm_before_gate, residual_in_fp32, group_size
-    )
-    # A custom op returns tensors only: an empty one stands for None.
-    return out, x.new_empty(0) if total is None else total, rstd
+    made = rms_norm_fwd(x, weight, residual, gate, eps, norm_before_gate, residual_in_fp32, group_size)
+    return without_none(made, x)
 
 
 def _fwd_fake(
@@ -102,7 +91,7 @@ def _bwd(
     from ssm_modal.kernels.norm.triton_norm import rms_norm_bwd
 
     grads = rms_norm_bwd(dout, dtotal, s, weight, gate, rstd, norm_before_gate, x_dtype, residual_dtype)
-    return tuple(dout.new_empty(0) if g is None else g for g in grads)
+    return without_none(grads, dout)
 
 
 def _bwd_fake(
@@ -159,16 +148,14 @@ def _backward(
     )
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "rms_norm has first derivatives only on backend 'triton': a second derivative was asked for "
-        "(backward through a gradient taken with create_graph=True); use backend='torch' for that"
-    )
-
-
-torch.library.impl("ssm_modal::rms_norm_fwd", "default")(_fwd)
-torch.library.impl("ssm_modal::rms_norm_bwd", "default")(_bwd)
-torch.library.register_fake("ssm_modal::rms_norm_fwd")(_fwd_fake)
-torch.library.register_fake("ssm_modal::rms_norm_bwd")(_bwd_fake)
-torch.library.register_autograd("ssm_modal::rms_norm_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("ssm_modal::rms_norm_bwd", _no_double_backward)
+register(
+    "rms_norm",
+    forward=_fwd,
+    forward_fake=_fwd_fake,
+    backward=_bwd,
+    backward_fake=_bwd_fake,
+    setup_context=_setup_context,
+    gradients=_backward,
+    no_second="rms_norm has first derivatives only on backend 'triton': a second derivative was asked for "
+    "(backward through a gradient taken with create_graph=True); use backend='torch' for that",
+)

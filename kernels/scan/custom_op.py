@@ -7,17 +7,16 @@ included, in a cache and never read the device.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ssm_modal.kernels.checks import state_dtype
+from ssm_modal.kernels.custom_ops import goes_straight, register, without_none
 from ssm_modal.kernels.scan import chunked
-from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.sequences import Sequences, cached_sequences
 
 torch.library.define(
     "ssm_modal::selective_scan_fwd",
@@ -32,25 +31,6 @@ torch.library.define(
     "int[] lengths, bool reverse, Tensor boundaries, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-
-_CACHE: OrderedDict[tuple[tuple[int, ...], torch.device], Sequences] = OrderedDict()
-_CACHE_SIZE = 16
-
-
-def cached_sequences(cu_seqlens: Tensor | None, lengths: Sequence[int]) -> Sequences | None:
-    """The `Sequences` of these lengths on this device, built once while it stays among the last used."""
-    if cu_seqlens is None:
-        return None
-    key = (tuple(lengths), cu_seqlens.device)
-    seqs = _CACHE.pop(key, None)
-    if seqs is None:
-        # A copy: the caller may write the next batch's borders into the same tensor.
-        seqs = Sequences(key[0], cu_seqlens.to(torch.int64, copy=True))
-    _CACHE[key] = seqs
-    while len(_CACHE) > _CACHE_SIZE:
-        _CACHE.popitem(last=False)
-    return seqs
-
 
 def backend_functions(backend: str) -> tuple[Any, Any]:
     """A backend's `selective_scan_fwd` and `selective_scan_bwd`, imported when first asked for."""
@@ -157,8 +137,7 @@ def _bwd(
         dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse,
         boundaries,
     )  # fmt: skip
-    # A custom op returns tensors only: an empty one stands for None.
-    return tuple(u.new_empty(0) if g is None else g for g in grads)
+    return without_none(grads, u)
 
 
 def _bwd_fake(
@@ -215,19 +194,17 @@ def _backward(
     return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None, None, None
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "selective_scan has first derivatives only, but a second was asked for (backward through a gradient "
-        "taken with create_graph=True); use selective_scan_ref for that"
-    )
-
-
-torch.library.impl("ssm_modal::selective_scan_fwd", "default")(_fwd)
-torch.library.impl("ssm_modal::selective_scan_bwd", "default")(_bwd)
-torch.library.register_fake("ssm_modal::selective_scan_fwd")(_fwd_fake)
-torch.library.register_fake("ssm_modal::selective_scan_bwd")(_bwd_fake)
-torch.library.register_autograd("ssm_modal::selective_scan_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("ssm_modal::selective_scan_bwd", _no_double_backward)
+register(
+    "selective_scan",
+    forward=_fwd,
+    forward_fake=_fwd_fake,
+    backward=_bwd,
+    backward_fake=_bwd_fake,
+    setup_context=_setup_context,
+    gradients=_backward,
+    no_second="selective_scan has first derivatives only, but a second was asked for (backward through a "
+    "gradient taken with create_graph=True); use selective_scan_ref for that",
+)
 
 
 def scan(
@@ -245,39 +222,17 @@ def scan(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, final_state) by `backend` on checked arguments, differentiable; B, C: (batch, length, groups,
-    d_state).
+    """(out, final_state) by `backend` on checked arguments, differentiable.
 
-    Where no gradient is recorded, an eager call goes straight to the backend: the dispatcher and autograd's
-    bookkeeping cost more than a short scan.
+    B, C: (batch, length, groups, d_state).
     """
-    if not torch.compiler.is_compiling():
-        given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        plain = all(t is None or type(t) in _PLAIN for t in given) and _get_current_dispatch_mode() is None
-        if plain and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
-            fwd = backend_functions(backend)[0]
-            out, final, _ = fwd(
-                u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse
-            )
-            return out, final
+    if goes_straight((u, delta, A, B, C, D, z, delta_bias, initial_state)):
+        fwd = backend_functions(backend)[0]
+        out, final, _ = fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse)
+        return out, final
     cu_seqlens, lengths = (None, []) if seqs is None else (seqs.cu_seqlens, list(seqs.lengths))
     out, final, _ = torch.ops.ssm_modal.selective_scan_fwd(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        delta_softplus,
-        initial_state,
-        cu_seqlens,
-        lengths,
-        reverse,
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, lengths, reverse,
         backend,
-    )
+    )  # fmt: skip
     return out, final
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)

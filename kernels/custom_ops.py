@@ -1,0 +1,63 @@
+"""What the custom ops of scan, convolution and norm share: the way past them, and their registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+NAMESPACE = "ssm_modal"
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call on `tensors` may go straight to its backend, past torch's dispatcher and autograd.
+
+    So it may where it runs eagerly, on plain tensors, with no dispatch mode that wants to see it, and no
+    gradient is recorded: the dispatcher and autograd's bookkeeping cost more than a short scan or
+    convolution.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    if any(t is not None and type(t) not in _PLAIN for t in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+def without_none(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """A custom op returns tensors only, none twice: a new empty one stands for each None."""
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+def register(
+    op: str,
+    *,
+    forward: Callable[..., Any],
+    forward_fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+    no_second: str,
+) -> None:
+    """Tie `<op>_fwd` and `<op>_bwd`, whose schemas are defined, to their functions and to autograd.
+
+    forward, backward: the ops; forward_fake, backward_fake: shapes and dtypes alone, for torch.compile.
+    setup_context, gradients: `<op>_fwd` for autograd. no_second: the message of the RuntimeError where a
+    second derivative is asked for.
+    """
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise RuntimeError(no_second)
+
+    fwd, bwd = f"{NAMESPACE}::{op}_fwd", f"{NAMESPACE}::{op}_bwd"
+    torch.library.impl(fwd, "default")(forward)
+    torch.library.impl(bwd, "default")(backward)
+    torch.library.register_fake(fwd)(forward_fake)
+    torch.library.register_fake(bwd)(backward_fake)
+    torch.library.register_autograd(fwd, gradients, setup_context=setup_context)
+    torch.library.register_autograd(bwd, refuse)
