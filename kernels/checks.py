@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_STATE = 256
+"""The largest d_state of a scan."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,3 +67,20 @@ def check_same(op: str, tensors: dict[str, Tensor | None], reference: str, lead:
         check_tensor(op, name, tensor)
         check_device(op, name, tensor, lead.device, reference)
         check_dtype(op, name, tensor, (lead.dtype,), f"the dtype of {reference}")
+
+
+def check_d_state(op: str, A: Tensor) -> int:
+    """The d_state of A (d_inner, d_state); raises ValueError unless it is 1 to 256."""
+    d_state = A.shape[1]
+    if not 1 <= d_state <= MAX_STATE:
+        raise ValueError(f"{op}: A has d_state {d_state}, expected 1 to {MAX_STATE}")
+    return d_state
+
+
+def check_no_gradient(op: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raise RuntimeError where gradients are recorded and any of `tensors` requires one; `op` ends in "_"."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{op} works in place and records no gradients; call it under torch.no_grad(), or "
+            f"{op.removesuffix('_')}"
+        )

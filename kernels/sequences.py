@@ -158,6 +158,25 @@ class Sequences:
         return self._tables[chunk_size]
 
 
+def check_packing(
+    op: str, name: str, lead: Tensor, cu_seqlens: Tensor | Sequences | None
+) -> tuple[Sequences | None, int, str]:
+    """The validated sequences along axis 1 of `lead`, and how many rows a state has beside it, in what.
+
+    lead: (batch, length, ...), the argument called `name`; its batch is 1 where there are `cu_seqlens`. The
+    rows are the batch, or the sequences. Raises ValueError for another batch, and as
+    `Sequences.from_cu_seqlens`.
+    """
+    if cu_seqlens is None:
+        return None, lead.shape[0], "batch"
+    if lead.shape[0] != 1:
+        raise ValueError(
+            f"{op}: {name} has batch {lead.shape[0]}, expected 1 with cu_seqlens (sequences stand end to end)"
+        )
+    seqs = Sequences.from_cu_seqlens(cu_seqlens, lead.shape[1], lead.device)
+    return seqs, seqs.n, "sequences"
+
+
 _CACHE: OrderedDict[tuple[tuple[int, ...], torch.device], Sequences] = OrderedDict()
 _CACHE_SIZE = 16
 

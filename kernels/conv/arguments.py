@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssm_modal.kernels.checks import FLOATING, check_device, check_dtype, check_shape, check_tensor
-from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.checks import FLOATING, check_device, check_dtype, check_shape
+from ssm_modal.kernels.sequences import Sequences, check_packing
 
 ACTIVATIONS = (None, "silu")
 
@@ -31,15 +31,7 @@ def check_sequence(
     silu = check_activation(op, activation)
     check_shape(op, "x", x, ("batch", "length", "d_inner"), "(batch, length, d_inner)")
     _check_parameters(op, x, weight, bias)
-    seqs = None
-    rows, axis = x.shape[0], "batch"
-    if cu_seqlens is not None:
-        if rows != 1:
-            raise ValueError(
-                f"{op}: x has batch {rows}, expected 1 beside cu_seqlens (sequences stand end to end)"
-            )
-        seqs = Sequences.from_cu_seqlens(cu_seqlens, x.shape[1], x.device)
-        rows, axis = seqs.n, "sequences"
+    seqs, rows, axis = check_packing(op, "x", x, cu_seqlens)
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, x, weight, rows, axis)
     return silu, seqs
@@ -76,7 +68,6 @@ def _check_parameter(op: str, name: str, value: Tensor, x: Tensor) -> None:
 
 
 def _check_state(op: str, name: str, state: Tensor, x: Tensor, weight: Tensor, rows: int, axis: str) -> None:
-    check_tensor(op, name, state)
     shape = (rows, weight.shape[0], weight.shape[1] - 1)
     check_shape(op, name, state, shape, f"({axis}, d_inner, d_conv - 1)")
     check_device(op, name, state, x.device, "x")

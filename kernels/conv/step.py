@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_modal.kernels.checks import state_dtype
+from ssm_modal.kernels.checks import check_no_gradient, state_dtype
 from ssm_modal.kernels.conv.arguments import check_step
 
 
@@ -15,10 +15,11 @@ def causal_conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of the causal depthwise convolution; `state` is left as it is.
 
-    x: (batch, d_inner). weight: (d_inner, d_conv). bias: (d_inner,) or None. state: (batch, d_inner, d_conv -
-    1), the last inputs, the oldest first, in x's dtype. activation: None or "silu". Returns out (batch,
-    d_inner) and the new state, both in x's dtype; differentiable in every tensor. Sums run in fp32 (fp64 for
-    fp64 inputs).
+    x: (batch, d_inner). weight: (d_inner, d_conv). bias: (d_inner,) or None. activation: None or "silu".
+    state: (batch, d_inner, d_conv - 1), the last inputs, the oldest first, in x's dtype.
+
+    Returns out (batch, d_inner) and the new state, both in x's dtype; differentiable in every tensor. Sums
+    run in fp32 (fp64 for fp64 inputs).
 
     Raises TypeError or ValueError naming the argument as `causal_conv1d` does.
     """
@@ -30,8 +31,12 @@ def causal_conv1d_step(
 def causal_conv1d_step_(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, activation: str | None = None
 ) -> Tensor:
-    """As `causal_conv1d_step`, writing the new state over `state`; returns out (batch, d_inner)."""
+    """As `causal_conv1d_step`, writing the new state over `state`; returns out (batch, d_inner).
+
+    Without autograd: raises RuntimeError where gradients are recorded and any argument requires them.
+    """
     silu = check_step("causal_conv1d_step_", x, weight, bias, state, activation)
+    check_no_gradient("causal_conv1d_step_", (x, weight, bias, state))
     out, window = _step(x, weight, bias, state, silu)
     state.copy_(window[..., 1:])
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssm_modal.kernels.checks import (
+    check_d_state,
     check_device,
     check_dtype,
     check_same,
@@ -31,9 +32,7 @@ def check_system(
     d_inner = u.shape[-1]
     beside = f"with u in {str(u.dtype).removeprefix('torch.')}"
     check_shape(op, "A", A, (d_inner, "d_state"), "(d_inner, d_state)")
-    d_state = A.shape[1]
-    if not 1 <= d_state <= 256:
-        raise ValueError(f"{op}: A has d_state {d_state}, expected 1 to 256")
+    d_state = check_d_state(op, A)
     for name, m in (("B", B), ("C", C)):
         check_shape(op, name, m, (d_inner, d_state), "(d_inner, d_state), the shape of A")
     check_shape(op, "dt", dt, (d_inner,), "(d_inner,)")

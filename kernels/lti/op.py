@@ -10,7 +10,7 @@ from ssm_modal.kernels.checks import FLOATING, check_dtype, check_shape
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.lti.arguments import check_gate, check_system
 from ssm_modal.kernels.lti.chunked import lti_scan_chunked
-from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.sequences import Sequences, check_packing
 
 OP = "lti_scan"
 
@@ -85,17 +85,19 @@ def lti_scan(
 
     Args:
         u: (batch, length, d_inner) real, fp32, bf16, fp16 or fp64. Any length from 0, any strides.
-        dt: (d_inner,) fp32 (fp64 beside fp64 inputs), the step sizes.
-        A, B, C: (d_inner, d_state) complex64 (complex128 beside fp64 inputs); d_state 1 to 256.
-        D: (d_inner,) dtype of dt, the skip connection.
-        z: (batch, length, d_inner) dtype of u, the gate.
-        initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with `cu_seqlens`, dtype of
-            A.
+        dt: (d_inner,), fp32 (fp64 beside fp64 inputs): the step sizes.
+        A: (d_inner, d_state) complex64 (complex128 beside fp64 inputs); d_state 1 to 256.
+        B: shape and dtype of A.
+        C: shape and dtype of A.
+        D: (d_inner,), dtype of dt: the skip connection.
+        z: (batch, length, d_inner), dtype of u: the gate.
+        initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with `cu_seqlens`; dtype of
+            A; None stands for zeros.
         cu_seqlens, reverse, return_final_state: as in `selective_scan`.
         backend: "torch", the one form this op has, or None.
 
     Returns:
-        out: (batch, length, d_inner), dtype of u; with return_final_state also the final state, shape of
+        out: (batch, length, d_inner), dtype of u; with `return_final_state` also the final state, shaped as
         initial_state, dtype of A. Gradients flow to every tensor argument, from both. A long convolution goes
         through FFTs: an infinite or NaN input spoils its whole chunk, earlier steps included.
 
@@ -105,15 +107,7 @@ def lti_scan(
     """
     check_shape(OP, "u", u, ("batch", "length", "d_inner"), "(batch, length, d_inner)")
     check_dtype(OP, "u", u, FLOATING)
-    seqs = None
-    rows, axis = u.shape[0], "batch"
-    if cu_seqlens is not None:
-        if u.shape[0] != 1:
-            raise ValueError(
-                f"{OP}: u has batch {u.shape[0]}, expected 1 with cu_seqlens (sequences stand end to end)"
-            )
-        seqs = Sequences.from_cu_seqlens(cu_seqlens, u.shape[1], u.device)
-        rows, axis = seqs.n, "sequences"
+    seqs, rows, axis = check_packing(OP, "u", u, cu_seqlens)
     check_system(OP, u, dt, A, B, C, D, "initial_state", initial_state, rows, axis)
     check_gate(OP, u, z)
     resolve(OP, u.device, u.dtype, backend)

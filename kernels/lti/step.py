@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_modal.kernels.checks import FLOATING, check_dtype, check_shape, state_dtype
+from ssm_modal.kernels.checks import FLOATING, check_dtype, check_no_gradient, check_shape, state_dtype
 from ssm_modal.kernels.lti.arguments import check_gate, check_system
 from ssm_modal.kernels.lti.chunked import zero_order_hold
 
@@ -49,13 +49,7 @@ def lti_scan_step_(
     Without autograd: raises RuntimeError where gradients are recorded and any argument requires them.
     """
     _check(u, dt, A, B, C, state, D, z)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (u, dt, A, B, C, state, D, z)
-    ):
-        raise RuntimeError(
-            "lti_scan_step_ works in place and records no gradients; call it under torch.no_grad(), "
-            "or lti_scan_step"
-        )
+    check_no_gradient("lti_scan_step_", (u, dt, A, B, C, state, D, z))
     out, new = _step(u, dt, A, B, C, state, D, z)
     state.copy_(new)
     return out

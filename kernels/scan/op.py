@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssm_modal.kernels.checks import (
     FLOATING,
+    check_d_state,
     check_device,
     check_dtype,
     check_same,
@@ -16,10 +17,9 @@ from ssm_modal.kernels.checks import (
 )
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.scan.custom_op import scan
-from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.sequences import Sequences, check_packing
 
 OP = "selective_scan"
-MAX_STATE = 256
 
 
 @overload
@@ -109,14 +109,14 @@ def selective_scan(
         u: (batch, length, d_inner), the input; fp32, bf16, fp16 or fp64. Any length from 0, any strides.
         delta: (batch, length, d_inner), dtype of u: the step size, before bias and softplus.
         A: (d_inner, d_state) real, fp32 (fp64 beside fp64 inputs); d_state 1 to 256.
-        B, C: (batch, length, d_state) or (batch, length, groups, d_state), groups dividing d_inner, dtype of
-            u.
-        D: (d_inner,) dtype of A, the skip connection.
-        z: (batch, length, d_inner) dtype of u, the gate.
-        delta_bias: (d_inner,) dtype of A.
+        B: (batch, length, d_state) or (batch, length, groups, d_state), groups dividing d_inner; dtype of u.
+        C: shape and dtype of B.
+        D: (d_inner,), dtype of A: the skip connection.
+        z: (batch, length, d_inner), dtype of u: the gate.
+        delta_bias: (d_inner,), dtype of A: added to delta.
         delta_softplus: pass delta + delta_bias through softplus (threshold 20, as torch).
-        initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with `cu_seqlens`, dtype of
-            A.
+        initial_state: (batch, d_inner, d_state), or (sequences, d_inner, d_state) with `cu_seqlens`; dtype of
+            A; None stands for zeros.
         cu_seqlens: borders of packed sequences, int32 or int64 (sequences + 1,), batch 1, or a checked
             `Sequences` (a tensor is read from its device once a call: that synchronises, and torch.compile
             cannot take it whole).
@@ -126,8 +126,9 @@ def selective_scan(
         backend: "triton", "cpu", "torch", or None to choose (see `ssm_modal.kernels.dispatch`).
 
     Returns:
-        out: (batch, length, d_inner), dtype of u; final_state: shape of initial_state, dtype of A. First
-        derivatives flow to every tensor argument, from both. Under autocast nothing is cast.
+        out: (batch, length, d_inner), dtype of u; with `return_final_state` also final_state, shaped as
+        initial_state, dtype of A. First derivatives flow to every tensor argument, from both. Under autocast
+        nothing is cast.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -166,9 +167,7 @@ def check_scan(
     check_shape(OP, "A", A, (d_inner, "d_state"), "(d_inner, d_state)")
     if A.is_complex():
         raise TypeError(f"{OP}: A is complex, expected a real diagonal; for complex states use lti_scan")
-    d_state = A.shape[1]
-    if not 1 <= d_state <= MAX_STATE:
-        raise ValueError(f"{OP}: A has d_state {d_state}, expected 1 to {MAX_STATE}")
+    d_state = check_d_state(OP, A)
 
     for name, x in (("delta", delta), ("z", z)):
         if x is not None:
@@ -178,15 +177,8 @@ def check_scan(
         raise ValueError(f"{OP}: B has {B.shape[2]} groups and C has {C.shape[2]}, expected the same number")
     check_same(OP, {"delta": delta, "B": B, "C": C, "z": z}, "u", u)
 
-    seqs = None
-    if cu_seqlens is not None:
-        if batch != 1:
-            raise ValueError(
-                f"{OP}: u has batch {batch}, expected 1 with cu_seqlens (sequences stand end to end)"
-            )
-        seqs = Sequences.from_cu_seqlens(cu_seqlens, length, u.device)
+    seqs, rows, axis = check_packing(OP, "u", u, cu_seqlens)
     if initial_state is not None:
-        rows, axis = (batch, "batch") if seqs is None else (seqs.n, "sequences")
         meaning = f"({axis}, d_inner, d_state)"
         check_shape(OP, "initial_state", initial_state, (rows, d_inner, d_state), meaning)
     for name, p in (("D", D), ("delta_bias", delta_bias)):

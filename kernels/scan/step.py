@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_modal.kernels.checks import FLOATING, check_device, check_dtype, check_same, check_shape, state_dtype
+from ssm_modal.kernels.checks import (
+    FLOATING,
+    check_d_state,
+    check_device,
+    check_dtype,
+    check_no_gradient,
+    check_same,
+    check_shape,
+    state_dtype,
+)
 from ssm_modal.kernels.precision import without_autocast
 
 OP = "selective_scan_step"
@@ -55,12 +64,7 @@ def selective_scan_step_(
     Without autograd: raises RuntimeError where gradients are recorded and any argument requires them.
     """
     B, C = _check(u, delta, A, B, C, state, D, z, delta_bias)
-    given = (u, delta, A, B, C, state, D, z, delta_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        raise RuntimeError(
-            "selective_scan_step_ works in place and records no gradients; call it under torch.no_grad(), "
-            "or selective_scan_step"
-        )
+    check_no_gradient("selective_scan_step_", (u, delta, A, B, C, state, D, z, delta_bias))
     with without_autocast(u.device):
         out, new = _step(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
     state.copy_(new)
@@ -116,9 +120,7 @@ def _check(
     check_dtype(OP, "u", u, FLOATING)
     batch, d_inner = u.shape
     check_shape(OP, "A", A, (d_inner, "d_state"), "(d_inner, d_state)")
-    d_state = A.shape[1]
-    if not 1 <= d_state <= 256:
-        raise ValueError(f"{OP}: A has d_state {d_state}, expected 1 to 256")
+    d_state = check_d_state(OP, A)
     check_shape(OP, "delta", delta, (batch, d_inner), "(batch, d_inner), the shape of u")
     if z is not None:
         check_shape(OP, "z", z, (batch, d_inner), "(batch, d_inner), the shape of u")

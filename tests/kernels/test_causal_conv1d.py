@@ -490,7 +490,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu', expected None or 'silu'"),
         ({"backend": "numpy"}, ValueError, "backend is 'numpy'"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "x has batch 2, expected 1 beside cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "x has batch 2, expected 1 with cu_seqlens"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -526,6 +526,8 @@ def test_step_errors() -> None:
         causal_conv1d_step(given["x"], weight, None, state)
     with pytest.raises(ValueError, match=r"causal_conv1d_step_: state has shape \(1, 3, 3\), expected"):
         causal_conv1d_step_(x, weight, None, state[:1])
+    with pytest.raises(RuntimeError, match=r"causal_conv1d_step_ works in place .* or causal_conv1d_step$"):
+        causal_conv1d_step_(x, weight.clone().requires_grad_(), None, state)
     with pytest.raises(ValueError, match="activation is 'relu'"):
         causal_conv1d_step(x, weight, None, state, activation="relu")
 
