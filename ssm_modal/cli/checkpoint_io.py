@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ssm_modal.errors import CheckpointError
+from ssm_modal.io.atomic import put_in_place, sync_folder, write_aside
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,24 +27,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError(f"storage_options is {storage_options!r}, expected None")
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+
+        def write(aside: Path) -> None:
+            with open(aside, "wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+
+        try:
+            put_in_place(write_aside(target, write), target)
             sync_folder(target.parent)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:
             # torch.save reports a failed write of its zip writer as RuntimeError.
-            if isinstance(error, (OSError, RuntimeError)):
-                cause = error.__context__ if isinstance(error.__context__, OSError) else error
-                before = f"; the checkpoint that stood there is whole: {target}" if target.exists() else ""
-                raise CheckpointError(f"could not write the checkpoint {target}: {cause}{before}") from error
-            raise
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            before = f"; the checkpoint that stood there is whole: {target}" if target.exists() else ""
+            raise CheckpointError(f"could not write the checkpoint {target}: {cause}{before}") from error
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None
@@ -64,12 +59,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return torch.load(source, map_location=map_location, weights_only=True)
         except Exception as error:
             raise CheckpointError(f"could not read the checkpoint {source}: {error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in `folder` to the disk, so that a rename outlives a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

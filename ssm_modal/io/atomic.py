@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,22 +17,50 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     OSError is raised.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     blob = data.encode("utf-8") if isinstance(data, str) else data
+    put_in_place(write_aside(target, lambda aside: aside.write_bytes(blob)), target)
+    return target
+
+
+def write_aside(target: Path, write: Callable[[Path], object]) -> Path:
+    """Have `write` fill a new temporary file beside `target`, and flush it to the disk; returns its path.
+
+    The folder is made where it is missing. Where anything fails the file is removed and the error raised.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    aside = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(blob)
-            file.flush()
+        write(aside)
+        with aside.open("rb") as file:
             os.fsync(file.fileno())
         # mkstemp makes files only their owner can read; give the rights an ordinary new file would have.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+        aside.chmod(0o666 & ~_umask())
     except BaseException:
-        if os.path.exists(name):
-            os.unlink(name)
+        with suppress(OSError):
+            aside.unlink()
         raise
-    return target
+    return aside
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Rename what `write_aside` wrote to `target`; removed where that fails."""
+    try:
+        os.replace(aside, target)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to the disk, so that a rename outlives a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssm_modal.backbone import Backbone, BackboneConfig
+from ssm_modal.io.atomic import put_in_place, write_aside
 from ssm_modal.layers.config import Config
 
 FORMAT = "ssm_modal"
@@ -52,23 +51,18 @@ class Model(nn.Module):
         target = Path(folder)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"save_pretrained: {target} is a file, expected a folder")
-        target.mkdir(parents=True, exist_ok=True)
         tensors = unique_tensors(self.state_dict())
         text = json.dumps(config_document(self.config), indent=2) + "\n"
-        written: list[tuple[str, Path]] = []
+        weights, config = target / WEIGHTS_FILE, target / CONFIG_FILE
+        # Both are complete on the disk before either old file is replaced.
+        aside = write_aside(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         try:
-            # Both are complete on the disk before either old file is replaced.
-            for name, write in (
-                (WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"})),
-                (CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8")),
-            ):
-                written.append((name, _write_aside(target, name, write)))
-            for name, aside in written:
-                os.replace(aside, target / name)
-        finally:
-            for _, aside in written:
-                with suppress(FileNotFoundError):
-                    aside.unlink()
+            put_in_place(write_aside(config, lambda path: path.write_text(text, encoding="utf-8")), config)
+        except BaseException:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+        put_in_place(aside, weights)
 
 
 def config_document(config: ModelConfig) -> dict[str, Any]:
@@ -88,26 +82,3 @@ def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(key)
         kept[name] = tensor.detach().contiguous()
     return kept
-
-
-def _write_aside(folder: Path, name: str, write: Callable[[Path], Any]) -> Path:
-    """Write a temporary file beside `folder / name` and bring it to the disk; removed again if that fails."""
-    handle, text = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
-    os.close(handle)
-    aside = Path(text)
-    try:
-        write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())
-    except BaseException:
-        with suppress(FileNotFoundError):
-            aside.unlink()
-        raise
-    return aside
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

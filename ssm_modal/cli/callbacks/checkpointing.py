@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from ssm_modal.cli.checkpoint_io import sync_folder
+from ssm_modal.io.atomic import sync_folder
 
 
 class RunCheckpoint(Checkpoint):
@@ -23,7 +23,7 @@ class RunCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: optimizer steps between two writes of last.ckpt; each validation and the end write it
-        too.
+            too.
         keep_every_n_steps: keep a checkpoint for good each time the step is a multiple of this; 0 keeps none.
         monitor: the validation metric that says which is best; None keeps no best.
         mode: whether a lower ("min") or a higher ("max") value is better.
