@@ -22,6 +22,12 @@ class StateError(ValueError):
     """A state was given to a layer that has none, or that does not fit the input."""
 
 
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The one of `valid` that an unknown `name` most likely meant, None where none is near."""
+    found = difflib.get_close_matches(str(name), sorted(set(valid)), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for an unknown `name`: the nearest of `valid`, and all of them.
 
@@ -29,6 +35,6 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     "did you mean 'd_state'? Valid: d_conv, d_state"
     """
     names = sorted(set(valid))
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    close = closest(name, names)
+    hint = f"did you mean {close!r}? " if close is not None else ""
     return f"{hint}Valid: {', '.join(names) if names else 'none'}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib
 import inspect
 import re
@@ -18,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssm_modal.errors import ConfigError, nearest
+from ssm_modal.errors import ConfigError, closest, nearest
 
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _NOISE = re.compile(
@@ -113,14 +112,13 @@ def _check_fields(config: Mapping[str, Any], known: Mapping[str, Any], prefix: s
 
 def _unknown(path: str, key: str, valid: Iterable[str], prefix: str, where: str) -> ConfigError:
     names = sorted(set(valid))
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix + close[0]!r}?" if close else f"valid there: {', '.join(names)}"
+    close = closest(key, names)
+    hint = f"did you mean {prefix + close!r}?" if close is not None else f"valid there: {', '.join(names)}"
     return ConfigError(f"{where}: unknown key {path!r}; {hint}")
 
 
 def resolve(class_path: str, where: str) -> Any:
-    """The class at `class_path`. Raises ConfigError where there is none, with the nearest name of its
-    module."""
+    """The class at `class_path`; raises ConfigError where there is none, naming the nearest of its module."""
     module_name, _, name = class_path.rpartition(".")
     try:
         module = importlib.import_module(module_name)

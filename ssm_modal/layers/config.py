@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from ssm_modal.errors import ConfigError, nearest
+from ssm_modal.errors import ConfigError, closest, nearest
 
 T = TypeVar("T")
 
@@ -81,10 +81,10 @@ class Config:
 def check_choice(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
-        hint = nearest(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
+        near = closest(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else None
         raise ConfigError(
             f"{owner}: {name} is {value!r}, expected one of {', '.join(repr(a) for a in allowed)}"
-            + (f"; {hint.split(' Valid:')[0]}" if hint.startswith("did") else "")
+            + (f"; did you mean {near!r}?" if near is not None else "")
         )
 
 
