@@ -1,9 +1,9 @@
 """Which backend serves a call: decided here and nowhere else, askable (`explain`) and overridable.
 
 A backend is one of "triton", "cpu" (compiled C) and "torch" (chunked, pure torch, runs everywhere). An op
-asks `choose(op, tensor, backend)` once a call. An argument `backend=` wins over `use_backend(...)`, which
-wins over the environment variable `SSM_MODAL_BACKEND`, which wins over the default order: triton on CUDA,
-then cpu on the CPU, then torch.
+asks `resolve(op, device, dtype, backend)` once a call. An argument `backend=` wins over `use_backend(...)`,
+which wins over the environment variable `SSM_MODAL_BACKEND`, which wins over the default order: triton on
+CUDA, then cpu on the CPU, then torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 BACKENDS = ("triton", "cpu", "torch")
 
@@ -104,11 +103,6 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     from ssm_modal.kernels.cpu.loader import why_unavailable
 
     return why_unavailable()
-
-
-def choose(op: str, lead: Tensor, backend: str | None = None) -> Choice:
-    """The backend for `op` on tensors like `lead`; BackendError where the one asked for cannot serve."""
-    return explain(op, device=lead.device, dtype=lead.dtype, backend=backend)
 
 
 def explain(

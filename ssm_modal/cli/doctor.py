@@ -120,7 +120,7 @@ def _versions(findings: Findings) -> None:
             findings.missing.append(f"the extra {extra}: pip install 'ssm-modal[{extra}]'")
         names = ", ".join(f"{d} {v}" for d, v in there.items())
         _row(extra, "; ".join(filter(None, [names, f"missing: {', '.join(absent)}" if absent else ""])))
-    if "torchaudio" in EXTRAS["audio"] and importlib.util.find_spec("torchaudio"):
+    if importlib.util.find_spec("torchaudio"):
         _same_cuda(findings)
 
 

@@ -1,5 +1,4 @@
-"""How a run shows where it is: a bar on a terminal, a line now and then anywhere else; and tokens a
-second."""
+"""How a run shows where it is: a bar on a terminal, lines anywhere else; and tokens a second."""
 
 from __future__ import annotations
 
@@ -32,7 +31,6 @@ class Progress(ProgressBar):
         self._tokens = 0
         self._rate = math.nan
         self._validation_started = 0.0
-        self._eval_bar: Any = None
 
     def disable(self) -> None:
         self._enabled = False
