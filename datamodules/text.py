@@ -261,6 +261,10 @@ class TextDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> ResumableLoader:
         return self._evaluation("test")
 
+    def predict_dataloader(self) -> ResumableLoader:
+        """The test split: that of `test_path`, else the validation split."""
+        return self._evaluation("test")
+
     def batches(self, split: str) -> TextBatches:
         """The batches of `split` as pure functions of their index."""
         corpus, name = self._split(split)

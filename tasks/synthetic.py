@@ -161,10 +161,14 @@ class SyntheticTask(TrainingTask):
             self.trainer.should_stop = True
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """The batch and `predicted`, (batch, length) int64: -100 but at labelled positions."""
+        """`ids`, `labels` and `predicted`, (batch, length) int64 on the host.
+
+        `predicted` is -100 but at labelled positions.
+        """
         predicted = torch.full_like(batch["labels"], IGNORE)
         predicted[batch["rows"], batch["columns"]] = self._labelled_logits(batch).argmax(-1)
-        return {"ids": batch["ids"], "labels": batch["labels"], "predicted": predicted}
+        found = {"ids": batch["ids"], "labels": batch["labels"], "predicted": predicted}
+        return {name: value.cpu() for name, value in found.items()}
 
     # ------------------------------------------------------------------ lengths
 

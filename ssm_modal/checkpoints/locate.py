@@ -1,5 +1,4 @@
-"""Where the weights are: a saved folder, a training run's folder, a .ckpt file or a Hugging Face
-repository."""
+"""Where the weights are: a saved folder, a run's folder, a .ckpt file or a Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -10,6 +9,8 @@ from pathlib import Path
 from ssm_modal.errors import CheckpointError
 from ssm_modal.models.base import CONFIG_FILE, WEIGHTS_FILE
 
+# What is fetched of a repository: the model, and the tokenizer that `ssm-modal generate` looks for beside it.
+_HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -59,7 +60,7 @@ def _fetch(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's errors have no common base: offline, no such repository, no access
         raise CheckpointError(
             f"{repo} is no local path, and fetching it from the Hugging Face Hub failed: {error}"

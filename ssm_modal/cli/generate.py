@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="PATH",
-        help="a saved model's folder, a run's folder or a .ckpt file",
+        help="a saved model's folder, a run's folder, a .ckpt file or a Hugging Face repository (owner/name)",
     )
     parser.add_argument(
         "--prompt",
@@ -139,10 +139,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer:
-    """The tokenizer that `spec` means, or with None the one kept with the model at the path `model`.
+    """The tokenizer that `spec` means, or with None the one kept with the model at `model`.
 
-    That is the `tokenizer.json` in the model's folder, beside a .ckpt file or in its run's folder, else the
-    one a checkpoint of the text data module holds. Raises ValueError when there is none.
+    That is the `tokenizer.json` in the model's folder or repository, beside a .ckpt file or in its run's
+    folder, else the one a checkpoint of the text data module holds. Raises ValueError when there is none.
     """
     if spec is not None:
         if spec == "char":
@@ -151,6 +151,8 @@ def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer:
             )
         return build_tokenizer(spec)
     place = Path(model)
+    if not place.exists():
+        place = locate(model)  # a repository's files, which are in the local cache by now
     folders = [place] if place.is_dir() else [place.parent, place.parent.parent]
     for folder in folders:
         if (folder / "tokenizer.json").is_file():

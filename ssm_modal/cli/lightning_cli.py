@@ -277,12 +277,13 @@ class TrainingCLI(LightningCLI):
         self.report("test", self.trainer.test(**{**kwargs, "verbose": False}))
 
     def predict(self, **kwargs: Any) -> None:
+        """Write what `predict_step` returns to `results/predictions.pt`, one file a process of several."""
         predictions = self.trainer.predict(**kwargs)
-        if _first_process():
-            self.folder.results.mkdir(parents=True, exist_ok=True)
-            path = self.folder.results / "predictions.pt"
-            AtomicCheckpointIO().save_checkpoint({"predictions": predictions}, path)
-            say(f"predictions of {len(predictions or [])} batches are in {path}")
+        several = self.trainer.world_size > 1
+        name = f"predictions-{self.trainer.global_rank}.pt" if several else "predictions.pt"
+        path = self.folder.results / name
+        AtomicCheckpointIO().save_checkpoint({"predictions": predictions}, path)
+        say(f"predictions of {len(predictions or [])} batches are in {path}")
 
     def report(self, command: str, metrics: Any) -> None:
         """Print the measured means and write them to `results/<command>.json`."""

@@ -286,7 +286,8 @@ def test_a_repository_id_goes_to_the_hub(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
     assert same(ssm_modal.load_pretrained("someone/some-model"), saved)
-    assert asked == [("someone/some-model", {"allow_patterns": ["config.json", "model.safetensors"]})]
+    wanted = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert asked == [("someone/some-model", {"allow_patterns": wanted})]
 
     def offline(repo: str, **options: Any) -> str:
         raise ConnectionError("no network")

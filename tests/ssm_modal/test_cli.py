@@ -138,6 +138,21 @@ def test_predict_writes_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [tuple(batch["nats"].shape) for batch in found] == [(1, 12), (2, 12)]
 
 
+def test_predict_on_text_gives_the_loss_of_each_token(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be " * 60)
+    options = {"data": "ssm_modal.datamodules.text.TextDataModule", "data.path": "text.txt", "data.length": 8}
+    more = {"model.overrides.vocab_size": 256, "data.cache_dir": tmp_path / "cache"}
+    fit = command(tmp_path / "run", max_steps=1, **options, **more)
+    assert main(fit) == 0
+    assert main(["validate", *fit[1:]]) == 0
+    assert main(["predict", *fit[1:]]) == 0
+    found = torch.load(tmp_path / "run/results/predictions.pt", weights_only=True)["predictions"]
+    asked = torch.cat([(batch["labels"] != -100).flatten() for batch in found])
+    nats = torch.cat([batch["nats"].flatten() for batch in found])
+    measured = json.loads((tmp_path / "run/results/validate.json").read_text())["val/loss"]
+    assert float(nats[asked].double().mean()) == pytest.approx(measured, rel=1e-5)
+
+
 def test_missing_data_costs_an_earlier_run_nothing(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "text.txt").write_text("to be or not to be " * 60)
     options = {"data": "ssm_modal.datamodules.text.TextDataModule", "data.path": "text.txt", "data.length": 8}

@@ -138,6 +138,21 @@ def test_tokenizer_is_found_beside_the_checkpoint_in_the_run_or_in_the_checkpoin
     assert find_tokenizer(str(tmp_path), str(run / "tokenizer.json")).vocab_size == 4
 
 
+def test_a_repository_brings_its_tokenizer(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    ByteTokenizer().save(tmp_path / "tokenizer.json")  # not the repository's: nothing may take it
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(saved))
+    common = ("--prompt", "abc", "--max-new-tokens", 5, "--temperature", 0)
+    assert line("--model", saved, *common) == 0
+    wanted = capsys.readouterr().out
+    assert line("--model", "someone/some-model", *common) == 0
+    assert capsys.readouterr().out == wanted
+
+
 def error(capsys: pytest.CaptureFixture[str], *options: object) -> str:
     assert line(*options) != 0
     caught = capsys.readouterr()
