@@ -1,5 +1,4 @@
-"""What every training task shares: the model, AdamW and its schedule, exact means, resuming, and clear
-mismatches."""
+"""What every training task shares: the model, AdamW and its schedule, exact means, resuming."""
 
 from __future__ import annotations
 
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssm_modal
+from ssm_modal.checkpoints.native import check_fit
+from ssm_modal.errors import CheckpointError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
 from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
@@ -107,8 +108,7 @@ class TrainingTask(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, stage)")
 
     def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
-        """Metrics computed from the exact means of a whole validation or test, e.g. perplexity from the
-        loss."""
+        """Metrics computed from the exact means of a whole validation or test, such as perplexity."""
         return {}
 
     # ------------------------------------------------------------------ model
@@ -133,19 +133,13 @@ class TrainingTask(LightningModule):
             if not hasattr(source, "backbone"):
                 raise ValueError(f"init_from={path!r} holds a {type(source).__name__}, which has no backbone")
             source, target = source.backbone, target.backbone
-        given, wanted = source.state_dict(), target.state_dict()
-        wrong = [
-            f"{name}: {_shape(given, name)} there, {_shape(wanted, name)} here"
-            for name in sorted(given.keys() | wanted.keys())
-            if _shape(given, name) != _shape(wanted, name)
-        ]
-        if wrong:
-            raise ValueError(
-                f"init_from={path!r} is of another architecture ({part}): "
-                + _some(wrong)
-                + "; set the model's "
-                "overrides as there, or init_part: backbone to take the backbone alone"
-            )
+        given = source.state_dict()
+        try:
+            check_fit(target, given, f"init_from={path!r} ({part})")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; set the model's overrides as there, or take init_part: backbone"
+            ) from None
         target.load_state_dict(given)
 
     # ------------------------------------------------------------------ optimisation
@@ -251,8 +245,7 @@ class TrainingTask(LightningModule):
     # ------------------------------------------------------------------ batches and checkpoints
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; `cu_seqlens` is checked on the host and becomes `seqs`, so no layer reads the
-        device."""
+        """Move a batch; `cu_seqlens` becomes `seqs`, checked on the host, so no layer reads the device."""
         if not isinstance(batch, dict) or "cu_seqlens" not in batch:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         rest = {k: v for k, v in batch.items() if k != "cu_seqlens"}
@@ -284,8 +277,7 @@ class TrainingTask(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError for a checkpoint of another architecture, or, going on with a run, of another
-        seed."""
+        """Raise ValueError for a checkpoint of another architecture; in resuming also of another seed."""
         there = checkpoint.get("hyper_parameters", {}).get("model_config")
         if there is not None:
             wrong = config_differences(there, self.model_config())
@@ -313,10 +305,6 @@ def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix
         elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
             out.append(f"{name} is {a!r} there and {b!r} here")
     return out
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> str:
-    return str(tuple(state[name].shape)) if name in state else "nothing"
 
 
 def _some(items: list[str], most: int = 4) -> str:

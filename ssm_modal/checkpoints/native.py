@@ -72,13 +72,16 @@ def load_pretrained(
         raise CheckpointError(f"{found}: the config is not one of this version's: {error}") from error
     if part == "backbone":
         tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
-    load_weights(model, tensors, str(found))
+    check_fit(model, tensors, str(found))
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
     return model.to(device=device or "cpu", dtype=dtype).eval()
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Put `tensors` in place of the parameters and buffers of `model`; raises CheckpointError unless all
-    fit."""
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError unless `tensors` have the names and shapes of `model`'s state dict.
+
+    `source` is what the error calls the place they come from.
+    """
     expected = model.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
@@ -94,7 +97,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit {type(model).__name__}; {'; '.join(problems)}")
-    model.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
 def _some(names: list[str], limit: int = 8) -> str:

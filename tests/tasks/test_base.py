@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 import ssm_modal
+from ssm_modal.errors import CheckpointError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.tasks import LanguageModelling, TrainingTask
 from ssm_modal.tasks.base import config_differences, token_loss
@@ -87,6 +89,46 @@ def test_adamw_settings() -> None:
     assert optimizer.defaults["betas"] == (0.8, 0.7)
     assert optimizer.defaults["eps"] == 1e-5
     assert not optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "allowed"),
+    [("32-true", True), ("bf16-true", True), ("bf16-mixed", False), ("16-mixed", False)],
+)
+def test_no_fused_optimizer_under_mixed_precision(
+    precision: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning refuses to clip gradients beside a fused optimizer there."""
+    asked: list[bool] = []
+
+    def build(model: nn.Module, config: OptimizerConfig, *, allow_fused: bool = True) -> torch.optim.AdamW:
+        asked.append(allow_fused)
+        return build_optimizer(model, config, allow_fused=allow_fused)
+
+    monkeypatch.setattr("ssm_modal.tasks.base.build_optimizer", build)
+    task = LanguageModelling("mamba_lm", OVERRIDES)
+    monkeypatch.setattr(task, "_trainer", SimpleNamespace(precision=precision, max_steps=5))
+    task.configure_optimizers()
+    assert asked == [allowed]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "fused"), [("32-true", True), ("bf16-mixed", None), ("16-mixed", None)]
+)
+def test_fit_with_clipping_on_a_gpu(tmp_path: Path, precision: str, fused: bool | None) -> None:
+    task = LanguageModelling("mamba_lm", OVERRIDES)
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    run = trainer(
+        tmp_path, accelerator="gpu", devices=1, precision=precision, gradient_clip_val=0.5, max_steps=3
+    )
+    run.fit(task, TinyData())
+    assert run.optimizers[0].defaults["fused"] is fused
+    assert run.global_step == 3
+    for name, parameter in task.named_parameters():
+        assert parameter.dtype == torch.float32, f"{name}: the master weights are fp32"
+        assert parameter.isfinite().all(), name
+    assert any(not torch.equal(before[n], p.detach().cpu()) for n, p in task.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -232,8 +274,14 @@ def test_init_from(tmp_path: Path) -> None:
     task = LanguageModelling("mamba_lm", other, init_from=path, init_part="backbone")
     for name, value in task.model.backbone.state_dict().items():
         assert torch.equal(value, source.backbone.state_dict()[name]), name
-    with pytest.raises(ValueError, match=r"another architecture \(all\).*\(11, 8\) there, \(23, 8\) here"):
+    with pytest.raises(
+        CheckpointError, match=r"source' \(all\) does not fit .*\(11, 8\), expected \(23, 8\)"
+    ):
         LanguageModelling("mamba_lm", other, init_from=path)
+    half = source.to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    task = LanguageModelling("mamba_lm", OVERRIDES, init_from=str(tmp_path / "half"))
+    assert {p.dtype for p in task.parameters()} == {torch.float32}, "weights are trained in fp32"
 
 
 def test_vocabulary_of_the_data_must_fit(tmp_path: Path) -> None:
