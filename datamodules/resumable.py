@@ -1,5 +1,4 @@
-"""Batches that are a pure function of their index, so that a killed run goes on with the batch it would have
-had.
+"""Batches that are a pure function of their index, so that a killed run goes on with the right one.
 
 A data module that derives every batch from (seed, split, batch index, rank, world) needs no saved state: the
 number of batches the trainer has finished, which is in every checkpoint, says which batch comes next.
@@ -55,8 +54,7 @@ def global_rows(index: int, batch_size: int, rank: int, world: int) -> range:
 
 
 def batches_done(trainer: Any) -> int:
-    """Training batches that `trainer` (a Lightning Trainer, or None) has finished over the whole run, resumed
-    or not.
+    """Training batches that `trainer` (a Lightning Trainer, or None) has finished over the whole run.
 
     Read from the progress that Lightning keeps in every checkpoint, so it cannot disagree with the weights.
     """
@@ -177,8 +175,7 @@ class ResumableLoader:
 
 
 class _Sized(ResumableLoader):
-    """A finite loader; only it has a length (an endless one must have none, or Lightning would count
-    epochs)."""
+    """A finite loader; only it has a length, as Lightning would count epochs of an endless one."""
 
     def __len__(self) -> int:
         indices = self.indices()

@@ -19,8 +19,7 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class State:
-    """Base of all states: a frozen dataclass of tensors, nested states, tuples of them, and plain host
-    values.
+    """Base of all states: a frozen dataclass of tensors, nested states, tuples of them, and host values.
 
     `wide` names the fields that keep their dtype when a state is cast (recurrent states stay fp32 or fp64).
     """

@@ -115,8 +115,7 @@ class LanguageModelling(TrainingTask):
             yield window[:, :-1], window[:, 1:]
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """`ids`, `labels` and `nats`, all (batch, length) on the host: the loss of each target, 0 where none
-        is."""
+        """`ids`, `labels` and `nats`, (batch, length) on the host: each target's loss, 0 where none is."""
         logits, labels = self.logits(batch), batch["labels"]
         nats = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none"

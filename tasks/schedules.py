@@ -19,8 +19,8 @@ class ScheduleConfig:
         kind: after the warm-up "constant", "linear" or "cosine" down to the end (Loshchilov and Hutter, arXiv
             1608.03983, one cycle), or "wsd": constant, then linear over the last `decay_fraction` of the
             steps (Hu et al., arXiv 2404.06395).
-        warmup_steps: optimizer steps of the linear warm-up from 0; step `warmup_steps` is the first at the
-        peak.
+        warmup_steps: optimizer steps of the linear warm-up; step `warmup_steps`, from 0, is the first at the
+            peak.
         min_lr: the rate reached at the last step, for a group without a multiplier. Unused by "constant".
         decay_fraction: share of all steps that "wsd" decays over.
         total_steps: steps of the whole schedule; None takes the trainer's `max_steps`.

@@ -1,5 +1,4 @@
-"""`causal_conv1d` in plain torch: one multiply-add a tap over shifted views. Runs everywhere, any dtype, any
-device.
+"""`causal_conv1d` in plain torch: one multiply-add a tap over shifted views, on any device in any dtype.
 
 On the CPU, shifted multiply-adds over (batch, length, d_inner) take about half the time of
 `F.conv1d(groups=d_inner)`, which wants the channels before the length and runs on strided views here.

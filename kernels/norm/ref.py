@@ -19,9 +19,7 @@ from ssm_modal.kernels.checks import state_dtype
 
 
 def residual_dtype(residual: torch.dtype, residual_in_fp32: bool) -> torch.dtype:
-    """The dtype of the returned sum: fp32 (fp64 for an fp64 residual) if asked for, else the residual's
-    own.
-    """
+    """The dtype of the returned sum: fp32 (fp64 for fp64) if asked for, else the residual's own."""
     return state_dtype(residual) if residual_in_fp32 else residual
 
 
@@ -36,8 +34,9 @@ def rms_norm_ref(
     residual_in_fp32: bool = False,
     group_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As `rms_norm`; sums in fp32, or in fp64 for fp64 inputs. x, residual, gate: (..., dim). weight:
-    (dim,).
+    """As `rms_norm`; sums in fp32, or in fp64 for fp64 inputs.
+
+    x, residual, gate: (..., dim). weight: (dim,).
     """
     wide = state_dtype(x.dtype)
     h = x.to(wide)

@@ -32,6 +32,7 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
+
 def backend_functions(backend: str) -> tuple[Any, Any]:
     """A backend's `selective_scan_fwd` and `selective_scan_bwd`, imported when first asked for."""
     if backend == "triton":

@@ -55,8 +55,7 @@ class CsvLogger(Logger):
 
     @rank_zero_only
     def drop_from(self, step: int) -> None:
-        """Drop the rows of `step` and later, which a run resumed from a checkpoint of `step` steps writes
-        again."""
+        """Drop the rows of `step` and later: a run resumed after `step` steps writes them again."""
         if self.path.exists():
             kept = [row for row in self.rows() if row["step"] == "" or int(row["step"]) < step]
             atomic_write(self.path, self._text(kept, self._read_columns()))

@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, metrics.csv, tensorboard/, checkpoints/ and results.
+"""The folder of a run: config.yaml, metrics.csv, tensorboard/, checkpoints/ and results/.
 
 A run's folder is fixed by its config. Going on with a run keeps it; starting again moves the earlier one
 aside.
@@ -33,10 +33,9 @@ class RunFolder:
         return self.path / "results"
 
     def move_aside(self) -> Path | None:
-        """Rename an earlier run that stands here to the first free `<path>.1`, `<path>.2`, ...; None where
-        none is.
+        """Rename an earlier run that stands here to the first free `<path>.1`, `<path>.2`, ...
 
-        Raises NotADirectoryError where `path` is a file.
+        Returns where it is now, None where there was none. Raises NotADirectoryError where `path` is a file.
         """
         if self.path.is_file():
             raise NotADirectoryError(
@@ -75,8 +74,7 @@ class RunFolder:
         return path
 
     def checkpoint_for_evaluation(self) -> Path:
-        """The best checkpoint, or the last where no best was kept. Raises CheckpointError where there is
-        neither."""
+        """The best checkpoint, or the last where no best was kept; raises CheckpointError without either."""
         for name in ("best", "last"):
             path = self.checkpoints / f"{name}.ckpt"
             if path.is_file():

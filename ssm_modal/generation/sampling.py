@@ -15,9 +15,10 @@ NO_TOKEN = -1
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL's penalised sampling (arXiv 1909.05858, section 4.1): logits of seen tokens, x, become x / penalty
-    where
-    x > 0 and x * penalty elsewhere, so that a penalty above 1 always lowers them.
+    """CTRL's penalised sampling (arXiv 1909.05858, section 4.1).
+
+    The logit x of a seen token becomes x / penalty where x > 0 and x * penalty elsewhere, so that a penalty
+    above 1 always lowers it.
 
     seen: (rows, vocab_size) bool.
     """
@@ -33,10 +34,10 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest tokens, likeliest first, whose probabilities together reach p (arXiv 1904.09751,
-    section 3.1).
+    """Keep the fewest tokens, likeliest first, whose probabilities together reach p.
 
-    A token stays when the likelier ones before it sum to less than p.
+    Nucleus sampling (arXiv 1904.09751, section 3.1). A token stays when the likelier ones before it
+    sum to less than p.
     """
     if p >= 1:
         return logits

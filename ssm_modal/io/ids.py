@@ -124,12 +124,16 @@ def write_corpus(
 ) -> IdCorpus:
     """Encode `files`, one document each, into a corpus below `cache_dir`, or find it there.
 
-    encode: text to ids (n,) of any integer dtype. fingerprint: names the tokenizer, changes whenever `encode`
-    does.
-    eos_id: put at the end of each document. The first `int(n * (1 - val_fraction))` ids of each document of n
-    are the split "train", the rest "validation". Files are read in pieces; at most a few pieces are in memory
-    at once. Raises TextFileError for an empty or binary file, ValueError for an id outside the vocabulary,
-    OSError when the disk is full; in each case nothing is left behind.
+    encode: text to ids (n,) of any integer dtype.
+    vocab_size: ids are below it; it decides the dtype of the files.
+    fingerprint: names the tokenizer, changes whenever `encode` does.
+    val_fraction: the first `int(n * (1 - val_fraction))` ids of each document of n are the split "train", the
+        rest "validation".
+    eos_id: put at the end of each document; None puts nothing.
+
+    Files are read in pieces; at most a few pieces are in memory at once. Raises TextFileError for an empty or
+    binary file, ValueError for an id outside the vocabulary, OSError when the disk is full; in each case
+    nothing is left behind.
     """
     if not files:
         raise ValueError("files is empty, expected at least one text file")

@@ -49,8 +49,7 @@ def expand_path(path: str | os.PathLike[str], name: str = "path") -> Path:
 def text_files(
     path: str | os.PathLike[str], suffixes: Sequence[str] = (".txt",), name: str = "path"
 ) -> list[Path]:
-    """The text files at `path`: itself when it is a file, else every file below it with one of `suffixes`,
-    sorted.
+    """The text files at `path`: itself when it is a file, else those below it with one of `suffixes`.
 
     Folders are read recursively and in the order of their relative paths, so every machine finds the same
     order; names that begin with a dot are left out. Raises FileNotFoundError when nothing is there or no file

@@ -72,8 +72,7 @@ class AttentionState(State):
 
 
 class Attention(Mixer):
-    """Softmax attention: (batch, length, d_model) to the same, with an `AttentionState` that grows with the
-    length.
+    """Softmax attention: (batch, length, d_model) to the same; its `AttentionState` grows with the length.
 
     Parameters: q_proj, k_proj, v_proj, out_proj.
     """
@@ -160,8 +159,7 @@ class Attention(Mixer):
 
     @staticmethod
     def _order(length: int, fresh: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
-        """(batch or 1, length): the place of each step in scan order, counted from 0; padding keeps its
-        own."""
+        """(batch or 1, length): the place of each step in scan order, from 0; padding keeps its own."""
         steps = torch.arange(length, device=device).unsqueeze(0)
         if not reverse:
             return steps
@@ -170,8 +168,10 @@ class Attention(Mixer):
         return torch.where(steps < fresh[:, None], fresh[:, None] - 1 - steps, steps)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding (arXiv 2104.09864, equation 34) of x: (batch, length, heads, head_dim), halves
-        paired."""
+        """Rotary embedding (arXiv 2104.09864, equation 34), halves paired.
+
+        x: (batch, length, heads, head_dim). positions: (batch or 1, length).
+        """
         theta = self.config.rope_theta
         assert theta is not None
         half = self.head_dim // 2
@@ -182,8 +182,10 @@ class Attention(Mixer):
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q: (batch, n_heads, length, head_dim), k, v with n_kv_heads. mask None: causal, or all if not
-        causal."""
+        """q: (batch, n_heads, length, head_dim), k and v with n_kv_heads.
+
+        mask: None stands for the causal one, or for none where the layer is not causal.
+        """
         if self.n_kv_heads != self.n_heads:
             k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
             v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
@@ -237,8 +239,7 @@ class Attention(Mixer):
 
     @torch.no_grad()
     def step_(self, x: Tensor, state: AttentionState) -> Tensor:
-        """One step in place. A full cache is replaced, inside the same state object, by one a block
-        larger."""
+        """One step in place; inside the same state object, a full cache gives way to one a block larger."""
         check_input(self, x)
         check_state(self, state, x)
         q, k, v = self.project_in(x)
@@ -264,8 +265,7 @@ class Attention(Mixer):
 
 
 def _whole_mask(length: int, fresh: Tensor) -> Tensor:
-    """(batch, 1, length, length): every step of a row sees the row's own steps; padding sees itself, never
-    nothing."""
+    """(batch, 1, length, length): each step of a row sees the row's own steps, and padding itself."""
     steps = torch.arange(length, device=fresh.device)
     seen = steps < fresh[:, None]
     return (seen[:, None, :] | torch.eye(length, dtype=torch.bool, device=fresh.device)).unsqueeze(1)

@@ -34,8 +34,7 @@ class BidirectionalConfig(Config):
 
 
 class Bidirectional(nn.Module):
-    """Runs a mixer from the first step to the last and from the last to the first: (batch, length, d_model)
-    to the same.
+    """A mixer run from the first step to the last and back: (batch, length, d_model) to the same.
 
     With share "none" the two outputs are combined; where projections are shared, sum and mean combine before
     `project_out`, which then runs once. Needs the whole sequence: given a state it raises StateError, and the

@@ -51,8 +51,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; unknown keys, types and values raise ConfigError, naming the nearest
-        valid one."""
+        """The inverse of `to_dict`; unknown keys, types and values raise ConfigError."""
         return _read_config(cls, data, cls.__name__)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:

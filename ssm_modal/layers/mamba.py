@@ -1,6 +1,6 @@
-"""Mamba: the selective state-space layer S6 in its gated block (Gu & Dao, arXiv 2312.00752, section 3.4,
-figure 3).
+"""Mamba: the selective state-space layer S6 in its gated block.
 
+Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752, figure 3.
 Symbols of the paper: Delta is `dt`, E is `expand`, N is `d_state`, R is `dt_rank`.
 """
 

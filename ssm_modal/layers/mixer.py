@@ -54,8 +54,7 @@ class Mixer(nn.Module, ABC):
         reverse: bool = False,
         return_state: bool = True,
     ) -> tuple[Tensor, Any]:
-        """Mix along the length: (batch, length, d_inner) and the new state (None with
-        `return_state=False`)."""
+        """Mix along the length: (batch, length, d_inner) and the new state, None unless `return_state`."""
 
     @abstractmethod
     def project_out(self, y: Tensor) -> Tensor:
@@ -79,8 +78,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def step_(self, x: Tensor, state: Any) -> Tensor:
-        """One step, x: (batch, 1, d_model) to the same; `state` is changed in place and is never part of a
-        graph."""
+        """One step, x: (batch, 1, d_model) to the same; changes `state` in place and records no gradients."""
 
     def forward(
         self, x: Tensor, state: Any = None, *, seqs: Sequences | None = None, reverse: bool = False
@@ -105,8 +103,7 @@ def build_mixer(config: MixerConfig, d_model: int) -> Mixer:
 
 
 def check_input(layer: Any, x: object, seqs: object = None) -> None:
-    """Raise unless x is (batch, length, d_model), and of batch 1 and the right length where `seqs` packs
-    it."""
+    """Raise unless x is (batch, length, d_model), with `seqs` of batch 1 and of their length."""
     name = type(layer).__name__
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
@@ -127,8 +124,7 @@ def check_input(layer: Any, x: object, seqs: object = None) -> None:
 
 
 def check_state(layer: Any, state: object, x: Tensor, seqs: Sequences | None = None) -> None:
-    """Raise StateError unless `state` is None or a state of this layer with one row a batch entry (or
-    sequence)."""
+    """Raise StateError unless `state` is None or this layer's, with one row a batch entry (or sequence)."""
     if state is None:
         return
     name = type(layer).__name__

@@ -33,8 +33,10 @@ class MLPConfig(Config):
 
 
 class MLP(nn.Module):
-    """(..., d_model) to the same: out_proj(silu(gate_proj(x)) * up_proj(x)), or
-    out_proj(gelu(up_proj(x)))."""
+    """(..., d_model) to the same.
+
+    "swiglu" is out_proj(silu(gate_proj(x)) * up_proj(x)), "gelu" is out_proj(gelu(up_proj(x))).
+    """
 
     def __init__(self, d_model: int, config: MLPConfig) -> None:
         super().__init__()

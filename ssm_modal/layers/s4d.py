@@ -1,5 +1,4 @@
-"""S4D: the time-invariant diagonal state-space layer (Gu et al., arXiv 2206.11893), the baseline beside
-Mamba.
+"""S4D: the time-invariant diagonal state-space layer, the baseline beside Mamba (arXiv 2206.11893).
 
 A is complex and comes in conjugate pairs, of which one of each is kept: y is twice the real part of their
 sum.
@@ -158,8 +157,10 @@ class S4D(Mixer, WideParameters):
         return u, z
 
     def _coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """dt (d_inner,); A, B, C (d_inner, d_state) complex; D (d_inner,), in the precision inputs of
-        `dtype` take."""
+        """dt, A, B, C, D in the precision that inputs of `dtype` take.
+
+        dt, D: (d_inner,) real. A, B, C: (d_inner, d_state) complex.
+        """
         wide = state_dtype(dtype)
         A = torch.complex(-torch.exp(self.A_log.to(wide)), self.A_imag.to(wide))
         C = torch.view_as_complex(self.C.to(wide).contiguous())

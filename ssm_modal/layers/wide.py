@@ -12,8 +12,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 class WideParameters(nn.Module):
-    """Base of modules with parameters that stay fp32 (or fp64) under `.to(torch.bfloat16)`, `.half()` and the
-    like.
+    """Base of modules with parameters that stay fp32 (or fp64) under `.to(torch.bfloat16)` or `.half()`.
 
     `wide_parameters`: names of parameters that never become bf16 or fp16: a decay exp(dt * A) is a power of A
     over thousands of steps, so a rounded A is another model. `undecayed_parameters`: names of those marked

@@ -71,8 +71,7 @@ def config_document(config: ModelConfig) -> dict[str, Any]:
 
 
 def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without second names of the same memory, every tensor contiguous (as safetensors
-    needs)."""
+    """The state dict as safetensors needs it: every memory under one name, every tensor contiguous."""
     seen: set[tuple[Any, ...]] = set()
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

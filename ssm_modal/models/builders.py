@@ -29,8 +29,7 @@ def s4d_lm() -> CausalLMConfig:
 
 @register_model
 def transformer_lm() -> CausalLMConfig:
-    """The attention baseline with rotary positions, of mamba_lm's size at the same d_model and half the
-    n_layers."""
+    """The attention baseline with rotary positions, of mamba_lm's size at half its n_layers."""
     return CausalLMConfig(
         vocab_size=256,
         backbone=BackboneConfig(d_model=256, n_layers=4, mixer=AttentionConfig(n_heads=4), mlp=MLPConfig()),

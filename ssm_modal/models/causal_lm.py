@@ -53,10 +53,9 @@ class CausalLMConfig(ModelConfig):
 
 
 class CausalLM(Model):
-    """ids (batch, length) to logits (batch, length, vocab_size): logits[:, t] predict what follows ids[:, : t
-    + 1].
+    """ids (batch, length) to logits (batch, length, vocab_size).
 
-    The state it carries is its backbone's.
+    logits[:, t] predict what follows ids[:, : t + 1]. The state it carries is its backbone's.
     """
 
     config: CausalLMConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssm_modal.kernels.cpu import loader
-from ssm_modal.kernels.dispatch import BackendError, choose, explain
+from ssm_modal.kernels.dispatch import BackendError, explain
 from ssm_modal.kernels.scan import selective_scan
 
 
@@ -127,7 +127,7 @@ def test_a_failing_compiler_is_named_once_and_torch_serves(
     monkeypatch.setenv("CC", "/bin/false")
     x = torch.ones(1, 4, 2)
     with pytest.warns(UserWarning, match=r"no compiled CPU kernels, slower ones serve: .*/bin/false failed"):
-        choice = choose("selective_scan", x)
+        choice = explain("selective_scan")
     assert choice.backend == "torch"
     assert "not cpu: the C compiler /bin/false failed with status 1" in choice.reason
     with warnings.catch_warnings():

@@ -15,8 +15,7 @@ from ssm_modal.io.atomic import sync_folder
 
 
 class RunCheckpoint(Checkpoint):
-    """Keeps `checkpoints/last.ckpt`, `best.ckpt` and, where asked for, `step=NNNNNNNN.ckpt` in the run's
-    folder.
+    """Keeps last.ckpt, best.ckpt and, where asked for, step=NNNNNNNN.ckpt in the run's `checkpoints`.
 
     Saves only between optimizer steps: gradients that are being accumulated are in no checkpoint, so one
     taken between them could not be gone on with exactly.

@@ -17,8 +17,7 @@ class NonFiniteError(RuntimeError):
 
 
 class StopOnNonFinite(Callback):
-    """Checks the loss and the norm of the gradients before each optimizer step, so no broken step is ever
-    taken.
+    """Checks loss and gradient norm before each optimizer step, so that no broken step is ever taken.
 
     The weights are then still the ones that made the number, so running the batch again, with the same random
     numbers, shows the first module whose output is not finite. Also logs `grad_norm` (before clipping).
@@ -87,8 +86,7 @@ class StopOnNonFinite(Callback):
 
 
 def first_nonfinite(trainer: Trainer, module: LightningModule, counter: int, batch: Any) -> str:
-    """Where a NaN or infinity first shows when `batch` runs again: a parameter, a module, or the loss
-    itself."""
+    """Where a NaN or infinity first shows when `batch` runs again: a parameter, a module or the loss."""
     for name, parameter in module.named_parameters():
         if not parameter.isfinite().all():
             return f"the parameter {name}, which was no longer finite before the step"

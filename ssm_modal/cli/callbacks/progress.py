@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 
 class Progress(ProgressBar):
-    """Shows steps, losses and tokens a second, and logs `tokens_per_second` (all processes; validation not
-    counted).
+    """Shows steps, losses and tokens a second, and logs `tokens_per_second`.
+
+    Tokens are those of all processes; the time of validations is not counted.
 
     Args:
         line_seconds: how often a line is printed where standard error is no terminal.
