@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,15 @@ def test_script_runs_on_a_backbone_trained_by_the_command_line(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     loss = float(re.fullmatch(r"loss (\d+\.\d+)\n", done.stdout)[1])  # type: ignore[index]
     assert 0 < loss < 5
+
+
+def test_the_text_command_trains_on_the_documentation(tmp_path: Path) -> None:
+    """One batch of it, from the repository's root, as the README has it."""
+    found = re.findall(r"`ssm-modal (fit --config configs/text/bytes\.yaml [^`]*)`", README)
+    assert len(found) == 1
+    options = ["--trainer.fast_dev_run=true", f"--run_dir={tmp_path}", f"--data.cache_dir={tmp_path}"]
+    done = _run([sys.executable, "-m", "ssm_modal.cli.main", *shlex.split(found[0]), *options], ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_commands_name_files_that_exist() -> None:
