@@ -328,9 +328,6 @@ def quieten() -> None:
 
 
 def _has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
-    # A task with a `test_after_fit` of its own tests itself when training ends.
-    if hasattr(model, "test_after_fit"):
-        return False
     return is_overridden("test_step", model) and data is not None and is_overridden("test_dataloader", data)
 
 
