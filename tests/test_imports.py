@@ -208,8 +208,14 @@ def test_a_model_runs_on_the_cpu_without_extras() -> None:
         "model = ssm_modal.create_model('mamba_lm', vocab_size=8, d_model=16, n_layers=1)\n"
         "model(torch.tensor([[1, 2, 3]]))[0].sum().backward()\n"
         "print(ssm_modal.list_models('mamba_lm'), ssm_modal.load_pretrained.__name__)\n"
+        "from ssm_modal.kernels import explain, selective_scan, selective_scan_ref\n"
+        "u, A, B = torch.rand(1, 9, 2), -torch.rand(2, 3), torch.rand(1, 9, 3)\n"
+        "ref = selective_scan_ref(u, u, A, B, B)\n"
+        "for backend in (None, 'torch'):\n"
+        "    torch.testing.assert_close(selective_scan(u, u, A, B, B, backend=backend), ref)\n"
+        "print([explain(op, device='cuda').backend for op in ('selective_scan', 'rms_norm')])\n"
     )
-    assert out.split() == ["['mamba_lm']", "load_pretrained"]
+    assert out.splitlines() == ["['mamba_lm'] load_pretrained", "['torch', 'torch']"]
 
 
 def test_every_exported_name_exists() -> None:
