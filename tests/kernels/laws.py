@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +12,6 @@ from torch import Tensor
 
 from ssm_modal.kernels.dispatch import SUPPORT, why_not
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
-
-# The module that must be importable for a backend to serve an op.
-NEEDED = {
-    ("selective_scan", "triton"): "ssm_modal.kernels.scan.triton_bwd",
-    ("selective_scan", "cpu"): "ssm_modal.kernels.cpu.bindings",
-    ("causal_conv1d", "triton"): "ssm_modal.kernels.conv.triton_conv",
-    ("causal_conv1d", "cpu"): "ssm_modal.kernels.cpu.bindings",
-    ("rms_norm", "triton"): "ssm_modal.kernels.norm.triton_norm",
-}
 
 
 @dataclass(frozen=True)
@@ -48,17 +38,25 @@ def places(op: str) -> list[Any]:
     return params
 
 
-def skip_unless_served(op: str, place: Place, dtype: torch.dtype = torch.float32) -> None:
+def served(op: str) -> list[tuple[str, torch.dtype]]:
+    """Every backend of `op` with every dtype that it takes on some device."""
+    half = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = {"torch": (torch.float64, *half), "cpu": (torch.float32,), "triton": half}
+    return [(backend, dtype) for backend in SUPPORT[op] for dtype in dtypes[backend]]
+
+
+def skip_unless_possible(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
     """Skip, with the reason, where the backend cannot run here."""
-    module = NEEDED.get((op, place.backend))
-    if module is not None:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            pytest.skip(f"{module} is not here: {error}")
-    reason = why_not(op, place.backend, place.device, dtype)
+    reason = why_not(op, backend, device, dtype)
     if reason is not None:
         pytest.skip(reason)
+
+
+def skip_unless_served(op: str, place: Place, dtype: torch.dtype = torch.float32) -> None:
+    """As `skip_unless_possible`, for a place."""
+    skip_unless_possible(op, place.backend, place.device, dtype)
 
 
 Arguments = Mapping[str, Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import pytest
@@ -12,33 +12,15 @@ from torch import Tensor
 
 from ssm_modal.kernels import dispatch
 from ssm_modal.kernels.norm import rms_norm, rms_norm_ref
+from tests.kernels.laws import served, skip_unless_possible
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
 BACKENDS = ("torch", "triton")
-SERVED = [
-    ("torch", torch.float64),
-    ("torch", torch.float32),
-    ("torch", torch.bfloat16),
-    ("torch", torch.float16),
-    ("triton", torch.float32),
-    ("triton", torch.bfloat16),
-    ("triton", torch.float16),
-]
+SERVED = served("rms_norm")
 
+skip_unserved = functools.partial(skip_unless_possible, "rms_norm")
 
-def skip_unserved(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    reason = dispatch.why_not("rms_norm", backend, device, dtype)
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Every torch.empty is filled with NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def make(

@@ -7,7 +7,6 @@ shipped launches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -38,14 +37,7 @@ TINY = ScanLaunch(
 )
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Every `torch.empty` holds NaN, so an element that no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def make(
