@@ -67,7 +67,6 @@ def test_fit_fills_the_run_folder_and_tests_the_best(tmp_path: Path, capsys: Cap
     assert load(run, "best")["global_step"] == best
     assert load(run, "best")["callbacks"]["RunCheckpoint"]["best_score"] == pytest.approx(losses[best])
     assert [int(r["step"]) for r in rows if r["train/loss"]] == [0, 1, 2, 3, 4, 5]
-    assert all(float(r["tokens_per_second"]) > 0 for r in rows if r.get("tokens_per_second"))
     assert list((run / "tensorboard").glob("events.*"))
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 6
     result = json.loads((run / "results" / "test.json").read_text())
