@@ -41,7 +41,8 @@ def check_shape(op: str, name: str, value: object, expected: Sequence[int | str]
     )
     if not fits:
         want = "(" + ", ".join(str(e) for e in expected) + ("," if len(expected) == 1 else "") + ")"
-        raise ValueError(f"{op}: {name} has shape {shape}, expected {want}, that is {meaning}")
+        that = "" if meaning == want else f", that is {meaning}"
+        raise ValueError(f"{op}: {name} has shape {shape}, expected {want}{that}")
     return tensor
 
 

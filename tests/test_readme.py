@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ssm_modal.io.text import text_files
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -62,3 +64,9 @@ def test_commands_name_files_that_exist() -> None:
     assert "configs/synthetic/induction_heads.yaml" in named
     missing = [name for name in sorted(named) if not (ROOT / name).is_file()]
     assert not missing
+
+
+def test_the_folder_of_text_that_a_job_trains_on_holds_such_files() -> None:
+    found = re.search(r"--data\.init_args\.path (\S+) --data\.init_args\.suffixes \"\[(\S+)\]\"", README)
+    assert found is not None
+    assert text_files(ROOT / found[1], [found[2]])

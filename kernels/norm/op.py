@@ -127,9 +127,13 @@ def check_arguments(
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (..., dim) with dim at least 1")
     check_dtype(op, "x", x, FLOATING)
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if not eps > 0:
         raise ValueError(f"{op}: eps is {eps}, expected a number above 0")
     dim = x.shape[-1]
+    if group_size is not None and not isinstance(group_size, int):
+        raise TypeError(f"{op}: group_size must be a whole number or None, got {type(group_size).__name__}")
     if group_size is not None and (group_size < 1 or dim % group_size != 0):
         raise ValueError(f"{op}: group_size is {group_size}, expected a divisor of dim {dim}")
     half = (x.dtype,) if x.dtype == state_dtype(x.dtype) else (x.dtype, torch.float32)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.resources
+import itertools
+import re
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from ssm_modal.errors import ConfigError, nearest
 from ssm_modal.io.atomic import atomic_write
+
+SUMMARY_WIDTH = 160
 
 
 def shipped_configs() -> dict[str, Traversable]:
@@ -56,9 +60,16 @@ def find_config(name: str) -> str | Path:
 
 
 def summary(config: Traversable) -> str:
-    """The first comment line of a config, which says what it is for."""
-    first = config.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    """What a config is for: the first sentence of the comment at its head, and the sentences behind it that
+    fit in `SUMMARY_WIDTH` characters."""
+    lines = config.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(_is_comment, lines))
+    ends = [match.end() for match in re.finditer(r"\.(?=\s|$)", comment)] or [len(comment)]
+    return comment[: max([ends[0], *(end for end in ends if end <= SUMMARY_WIDTH)])]
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,10 @@ def plain(message: str) -> str:
     text = re.sub(r"<class '([^']*)'>", r"\1", text)
     text = text.replace("Expected a one of", "expected one of").replace("Expected a ", "expected ")
     text = re.sub(r"expected (.*?)\. Got value: (.*)$", r"is \2, expected \1", text)
+    given = re.search(r"^\s*Given value: (.*)$", message, flags=re.MULTILINE)
+    if given and text.startswith("expected "):
+        # One "expected" for each member of a union, and the value once, behind them.
+        text = f"is {given[1]}, expected {' or '.join(re.split(r' ?expected ', text)[1:])}"
     return f"{'.'.join(keys)} {text}".strip() if keys else text
 
 

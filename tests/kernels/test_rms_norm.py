@@ -385,6 +385,8 @@ def test_double_backward_on_torch() -> None:
         ({"eps": float("nan")}, ValueError, "eps is nan, expected a number above 0"),
         ({"group_size": 3}, ValueError, "group_size is 3, expected a divisor of dim 8"),
         ({"group_size": 0}, ValueError, "group_size is 0, expected a divisor of dim 8"),
+        ({"group_size": 2.0}, TypeError, "group_size must be a whole number or None, got float"),
+        ({"eps": "small"}, TypeError, "eps must be a number, got str"),
         ({"backend": "cpu"}, dispatch.BackendError, "rms_norm has no cpu form"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
     ],

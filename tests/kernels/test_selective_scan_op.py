@@ -36,6 +36,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ({"delta": ones(2, 6, 4)}, ValueError, r"delta has shape \(2, 6, 4\), expected \(2, 5, 4\)"),
         ({"delta": ones(2, 5, 4).half()}, TypeError, "delta has dtype float16, expected float32"),
         ({"z": ones(2, 5, 1)}, ValueError, r"z has shape \(2, 5, 1\)"),
+        ({"u": ones(5, 4)}, ValueError, r"u has shape \(5, 4\), expected \(batch, length, d_inner\)$"),
         ({"A": ones(3, 3)}, ValueError, r"A has shape \(3, 3\), expected \(4, d_state\)"),
         ({"A": ones(4, 3).double()}, TypeError, "A has dtype float64, expected float32 .with u in float32"),
         ({"A": ones(4, 3, dtype=torch.complex64)}, TypeError, "A is complex.*lti_scan"),

@@ -193,6 +193,8 @@ def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
         (["--data.batchsize=3"], 2, "did you mean 'data.batch_size'?"),
         (["--rundir=x"], 2, "did you mean 'run_dir'?"),
         (["--trainer.max_steps=many"], 2, "trainer.max_steps is many, expected int"),
+        (["--seed_everything=many"], 2, "seed_everything is many, expected bool or int"),
+        (["--trainer.precision=12"], 2, "trainer.precision is 12, expected one of 64, 32, 16 or one of"),
         (["--trainer.max_steps=-1"], 2, "trainer.max_steps is -1, expected the optimizer steps"),
         (["--trainer.accumulate_grad_batches=3"], 2, "a multiple of trainer.accumulate_grad_batches = 3"),
         (["--model=ssm_modal.tasks.LanguageModeling"], 2, "did you mean 'LanguageModelling'?"),
@@ -322,6 +324,7 @@ def test_configs_list_and_copy(tmp_path: Path, capsys: Capture) -> None:
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == list(configs.shipped_configs())
     assert any(line.startswith("text/bytes.yaml") and "small Mamba" in line for line in listed)
+    assert [line for line in listed if not line.endswith(".")] == []  # whole sentences
     assert main(["configs", "copy", "text/bytes.yaml"]) == 0
     copied = tmp_path / "bytes.yaml"
     assert copied.read_bytes() == configs.shipped_config("text/bytes").read_bytes()
