@@ -115,6 +115,7 @@ class TrainingCLI(LightningCLI):
         command = args[0] if args and args[0] in COMMANDS else None
         if command is None:
             return
+        _check_order(args[1:])
         valid = [action.dest for action in self._subcommand_parsers[command]._actions]
         config: dict[str, Any] = {}
         for path in _config_files(args):
@@ -339,6 +340,18 @@ def _config_files(args: Sequence[str]) -> list[str]:
         elif arg.startswith("--config="):
             files.append(arg.split("=", 1)[1])
     return files
+
+
+def _check_order(args: Sequence[str]) -> None:
+    """Raise ConfigError where an option that sets a key stands before --config, which would undo it."""
+    if not _config_files(args):
+        return
+    for arg in args:
+        name = arg.partition("=")[0]
+        if name in ("--config", "-c"):
+            return
+        if name.startswith("--") and name not in ("--help", "--print_config"):
+            raise ConfigError(f"{name} stands before --config, which would undo it; give --config first")
 
 
 def _config_seed(args: Sequence[str]) -> Any:

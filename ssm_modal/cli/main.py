@@ -48,10 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            # Lightning's trainer ends an interrupted run by exit(1).
+            return _interrupted()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        print("ssm-modal: interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         # The reader of a pipe has gone (`ssm-modal ... | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = usage if usage is not None else _message(error)
         print(f"ssm-modal{command}: error: {message}", file=sys.stderr)
         return 2 if usage is not None or isinstance(error, ConfigError) else 1
+
+
+def _interrupted() -> int:
+    print("ssm-modal: interrupted", file=sys.stderr)
+    return 130
 
 
 def _dispatch(args: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 
 from ssm_modal.cli import configs
 from ssm_modal.cli.main import main
+from ssm_modal.tasks import TrainingTask
 from tests.tasks.tiny import assert_same, command, load, weights
 
 
@@ -150,6 +152,40 @@ def test_predict_on_text_gives_the_loss_of_each_token(tmp_path: Path) -> None:
     nats = torch.cat([batch["nats"].flatten() for batch in found])
     measured = json.loads((tmp_path / "run/results/validate.json").read_text())["val/loss"]
     assert float(nats[asked].double().mean()) == pytest.approx(measured, rel=1e-5)
+
+
+def test_an_interrupted_run_says_so_and_goes_on(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    args = command(run, max_steps=4, **{"checkpoint.every_n_steps": 1})
+    step = TrainingTask.training_step
+
+    def interrupted(self: TrainingTask, *batch: Any) -> Any:
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(TrainingTask, "training_step", interrupted)
+    try:
+        assert main(args) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # the trainer ignores further ones
+    assert "ssm-modal: interrupted" in capsys.readouterr().err
+    assert load(run)["global_step"] == 2
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main([*args, "--ckpt_path=last"]) == 0
+    assert load(run)["global_step"] == 4
+
+
+def test_options_stand_behind_the_config(tmp_path: Path, capsys: Capture) -> None:
+    """An option in front of --config would be undone by it, without a word."""
+    config = tiny_config(tmp_path / "tiny.yaml")
+    assert main(["fit", "--trainer.max_steps=1", "--config", str(config)]) == 2
+    assert "--trainer.max_steps stands before --config, which would undo it" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_missing_data_costs_an_earlier_run_nothing(tmp_path: Path, capsys: Capture) -> None:
