@@ -97,4 +97,5 @@ def test_names_a_parameter_that_was_broken_before(
     error = capsys.readouterr().err
     assert "at step 1" in error
     assert f"the parameter {linear_name()}.weight" in error
+    assert "there is no checkpoint yet" in error
     assert not (tmp_path / "run" / "checkpoints").exists()

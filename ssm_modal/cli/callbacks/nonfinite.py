@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,10 +67,15 @@ class StopOnNonFinite(Callback):
     ) -> str:
         step = trainer.global_step + 1
         where = f"at step {step}"
-        folder = trainer.default_root_dir
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        kept = (
+            f"the checkpoints in {folder} are from before"
+            if folder.is_dir()
+            else "there is no checkpoint yet"
+        )
         advice = (
-            f"the run stopped and no broken step was taken; the checkpoints in {folder}/checkpoints are "
-            "from before. A lower learning rate, a longer warm-up or gradient clipping usually helps"
+            f"the run stopped and no broken step was taken; {kept}. A lower learning rate, a longer warm-up "
+            "or gradient clipping usually helps"
         )
         for (counter, batch, _), loss in zip(window, losses.tolist()):
             if not math.isfinite(loss):
