@@ -222,12 +222,17 @@ class TextDataModule(pl.LightningDataModule):
         """Encode what the cache does not hold yet."""
         self._prepare()
 
+    def check_fit(self) -> None:
+        """Raise ValueError where a split is too short to train on or to validate; after `prepare_data`."""
+        for split in self._splits:
+            self.batches(split)
+
     def setup(self, stage: str | None = None) -> None:
         """Open the encoded texts; at the start of `fit`, write the tokenizer into the run's folder."""
         self._prepare()
         trainer = self.trainer
         if stage == "fit" and trainer is not None:
-            self._check_lengths()
+            self.check_fit()
             if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
                 self._save_tokenizer(Path(trainer.default_root_dir) / "tokenizer.json")
 
@@ -351,10 +356,6 @@ class TextDataModule(pl.LightningDataModule):
                 f"there is no {split} split: val_fraction is 0 and neither val_path nor test_path is given"
             )
         return self._splits[split]
-
-    def _check_lengths(self) -> None:
-        for split in self._splits:
-            self.batches(split)
 
     def _check_length(self, split: str, batches: TextBatches) -> None:
         # Evaluation takes a shorter last window; training takes whole ones only.

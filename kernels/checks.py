@@ -70,6 +70,13 @@ def check_same(op: str, tensors: dict[str, Tensor | None], reference: str, lead:
         check_dtype(op, name, tensor, (lead.dtype,), f"the dtype of {reference}")
 
 
+def check_flags(op: str, **flags: object) -> None:
+    """Raise TypeError unless every flag is True or False: a string such as "no" would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} is {value!r}, expected True or False")
+
+
 def check_d_state(op: str, A: Tensor) -> int:
     """The d_state of A (d_inner, d_state); raises ValueError unless it is 1 to 256."""
     d_state = A.shape[1]

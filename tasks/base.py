@@ -260,7 +260,11 @@ class TrainingTask(LightningModule):
         return Path(self.trainer.default_root_dir)
 
     def setup(self, stage: str) -> None:
-        wanted = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
+        self.check_data(getattr(self.trainer, "datamodule", None))
+
+    def check_data(self, data: Any) -> None:
+        """Raise ValueError where the model cannot take the ids of the data module `data`."""
+        wanted = getattr(data, "vocab_size", None)
         have = self.hparams["model_config"].get("vocab_size")
         if isinstance(wanted, int) and isinstance(have, int) and wanted > have:
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from ssm_modal.kernels.checks import check_flags
 from ssm_modal.kernels.conv.arguments import check_sequence
 from ssm_modal.kernels.conv.custom_op import convolve
 from ssm_modal.kernels.conv.shifted import causal_conv1d_shifted
@@ -94,6 +95,7 @@ def causal_conv1d(
         BackendError: the backend asked for cannot serve the call.
     """
     op = "causal_conv1d"
+    check_flags(op, reverse=reverse, return_final_state=return_final_state)
     silu, seqs = check_sequence(op, x, weight, bias, activation, initial_state, cu_seqlens)
     chosen = resolve(op, x.device, x.dtype, backend)
     if chosen == "torch":

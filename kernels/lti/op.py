@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from ssm_modal.kernels.checks import FLOATING, check_dtype, check_shape
+from ssm_modal.kernels.checks import FLOATING, check_dtype, check_flags, check_shape
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.lti.arguments import check_gate, check_system
 from ssm_modal.kernels.lti.chunked import lti_scan_chunked
@@ -105,6 +105,7 @@ def lti_scan(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         BackendError: the backend asked for cannot serve this call.
     """
+    check_flags(OP, reverse=reverse, return_final_state=return_final_state)
     check_shape(OP, "u", u, ("batch", "length", "d_inner"), "(batch, length, d_inner)")
     check_dtype(OP, "u", u, FLOATING)
     seqs, rows, axis = check_packing(OP, "u", u, cu_seqlens)

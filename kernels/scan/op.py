@@ -11,6 +11,7 @@ from ssm_modal.kernels.checks import (
     check_d_state,
     check_device,
     check_dtype,
+    check_flags,
     check_same,
     check_shape,
     state_dtype,
@@ -134,6 +135,7 @@ def selective_scan(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         BackendError: the backend asked for cannot serve this call.
     """
+    check_flags(OP, delta_softplus=delta_softplus, reverse=reverse, return_final_state=return_final_state)
     B, C, seqs = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     chosen = resolve(OP, u.device, u.dtype, backend)
     # Nothing to compute, or one step at most: kernels need not know of empty axes.

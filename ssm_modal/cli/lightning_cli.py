@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -228,9 +229,7 @@ class TrainingCLI(LightningCLI):
         if self.settings.trainer.fast_dev_run:
             return
         if _first_process():
-            # Data that is not there must not cost an earlier run its place.
-            if self.datamodule is not None:
-                self.datamodule.prepare_data()
+            self._check_data()
             if self.resume_from is None:
                 aside = self.folder.move_aside()
                 if aside is not None:
@@ -245,6 +244,19 @@ class TrainingCLI(LightningCLI):
             f"precision {self.trainer.precision}, seed {self.settings.seed_everything}, {where}; "
             f"run folder {self.folder.path}"
         )
+
+    def _check_data(self) -> None:
+        """Data that is not there or does not fit must not cost an earlier run its place: find out before."""
+        if self.datamodule is None:
+            return
+        self.datamodule.prepare_data()
+        for owner, name, arguments in (
+            (self.datamodule, "check_fit", ()),
+            (self.model, "check_data", (self.datamodule,)),
+        ):
+            check = getattr(owner, name, None)
+            if check is not None:
+                check(*arguments)
 
     def _forget_after_checkpoint(self) -> None:
         """Drop the logged rows of steps that will be taken again."""
@@ -294,7 +306,7 @@ class TrainingCLI(LightningCLI):
         if not found:
             return
         width = max(len(name) for name in found)
-        for name, value in sorted(found.items()):
+        for name, value in sorted(found.items(), key=_numbers_by_size):
             print(f"{name:<{width}}  {value:.6g}")
         about = {"checkpoint": None if self.resume_from is None else str(self.resume_from), **found}
         if command == "test" and self.subcommand == "fit":
@@ -312,6 +324,11 @@ def say(line: str) -> None:
     """Print a line about the run, from the first process only."""
     if _first_process():
         print(line, file=sys.stderr, flush=True)
+
+
+def _numbers_by_size(item: tuple[str, float]) -> list[tuple[int, str]]:
+    """A key that sorts accuracy_512 before accuracy_1024."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", item[0])]
 
 
 def _first_process() -> bool:

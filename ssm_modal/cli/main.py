@@ -109,7 +109,9 @@ def _message(error: Exception) -> str:
     """One message for `error`: its text, after its type where that is not one that users' mistakes raise."""
     text = str(error).strip() or "no further words"
     expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
-    plain = isinstance(error, expected) and type(error) is not RuntimeError
+    # Lightning's own errors are about the command line too, e.g. an accelerator that is not there.
+    misused = type(error).__name__ == "MisconfigurationException"
+    plain = misused or (isinstance(error, expected) and type(error) is not RuntimeError)
     hint = "" if plain else " (SSM_MODAL_DEBUG=1 shows where it came from)"
     return f"{text if plain else f'{type(error).__name__}: {text}'}{hint}"
 

@@ -469,6 +469,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
             TypeError,
             "initial_state has dtype float64, expected float32",
         ),
+        ({"reverse": "no"}, TypeError, "reverse is 'no', expected True or False"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu', expected None or 'silu'"),
         ({"backend": "numpy"}, ValueError, "backend is 'numpy'"),
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "x has batch 2, expected 1 with cu_seqlens"),

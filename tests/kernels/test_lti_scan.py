@@ -353,6 +353,7 @@ def test_compiled_whole_graph() -> None:
         ({"initial_state": torch.ones(2, 3, 4)}, TypeError, "initial_state has dtype float32"),
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "u has batch 2, expected 1 with cu_seqlens"),
         ({"backend": "cpu"}, BackendError, "lti_scan has no cpu form"),
+        ({"reverse": "no"}, TypeError, "reverse is 'no', expected True or False"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

@@ -31,6 +31,8 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ("change", "error", "words"),
     [
         ({"u": [1.0]}, TypeError, "u must be a tensor, got list"),
+        ({"reverse": "no"}, TypeError, "reverse is 'no', expected True or False"),
+        ({"delta_softplus": 1}, TypeError, "delta_softplus is 1, expected True or False"),
         ({"u": ones(2, 4)}, ValueError, r"u has shape \(2, 4\), expected \(batch, length, d_inner\)"),
         ({"u": ones(2, 5, 4, dtype=torch.int64)}, TypeError, "u has dtype int64, expected float32"),
         ({"delta": ones(2, 6, 4)}, ValueError, r"delta has shape \(2, 6, 4\), expected \(2, 5, 4\)"),

@@ -92,6 +92,38 @@ def test_config_of_a_run_runs_again_and_the_earlier_run_is_moved_aside(
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["tiny", "tiny.1", "tiny.2"]
 
 
+@pytest.mark.parametrize(
+    ("text", "option", "words"),
+    [
+        ("too short", [], "expected at least 257"),
+        ("long enough " * 500, ["--model.init_args.overrides.vocab_size", "100"], "vocabulary of 256 ids"),
+    ],
+    ids=["short", "vocabulary"],
+)
+def test_data_that_does_not_fit_leaves_the_earlier_run_where_it_is(
+    text: str, option: list[str], words: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSM_MODAL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("earlier")
+    fit = ["fit", "--config", "text/bytes.yaml", "--run_dir", str(tmp_path / "run"), *option]
+    assert main([*fit, "--data.init_args.path", str(tmp_path / "text.txt")]) == 1
+    assert words in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_a_missing_gpu_is_said_plainly(tmp_path: Path, capsys: Capture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    config = tiny_config(tmp_path / "tiny.yaml")
+    assert main(["fit", "--config", str(config), "--trainer.accelerator", "cuda"]) == 1
+    said = capsys.readouterr().err
+    assert "CUDAAccelerator" in said
+    assert "MisconfigurationException" not in said
+
+
 def test_seed_on_the_command_line_has_a_folder_of_its_own(tmp_path: Path) -> None:
     config = str(tiny_config(tmp_path / "tiny.yaml", seed_everything=5))
     assert main(["fit", "--config", config]) == 0
