@@ -3,5 +3,14 @@
 from ssm_modal.backbone.backbone import Backbone, BackboneState
 from ssm_modal.backbone.block import Block
 from ssm_modal.backbone.config import BackboneConfig
+from ssm_modal.backbone.segmented import Segment, iterate_segments, sum_over_segments
 
-__all__ = ["Backbone", "BackboneConfig", "BackboneState", "Block"]
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "BackboneState",
+    "Block",
+    "Segment",
+    "iterate_segments",
+    "sum_over_segments",
+]

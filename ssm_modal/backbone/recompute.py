@@ -1,0 +1,71 @@
+"""What a computation done a second time needs to repeat the first: random numbers, autocast, context variables.
+
+A backward runs in a thread of its own on CUDA, without the autocast and the context variables of the forward.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The random generators of the CPU and, for work on CUDA, of that device."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> RandomState:
+        """The states as they are now; reads host memory alone."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self, device: torch.device) -> None:
+        """Set the generators back to these states."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+class Surroundings:
+    """Autocast and context variables as they are where this object is made, for work on `device`.
+
+    `run` calls a function under them from any thread. Autocast's cache of cast weights stays off inside: what it
+    keeps from a pass without gradients must not serve one with them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        types = dict.fromkeys((device.type, "cpu"))
+        self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+        self._variables = contextvars.copy_context()
+        self.device = device
+
+    @property
+    def narrow(self) -> bool:
+        """Whether autocast computes in fp16 here, whose gradients need the loss scaled."""
+        _, enabled, dtype = self._autocast[0]
+        return enabled and dtype == torch.float16
+
+    def run(self, function: Callable[[], T], grad: bool) -> T:
+        """`function()` under the surroundings kept, recording gradients or not."""
+
+        def inside() -> T:
+            with ExitStack() as stack:
+                stack.enter_context(torch.set_grad_enabled(grad))
+                for kind, enabled, dtype in self._autocast:
+                    stack.enter_context(
+                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    )
+                return function()
+
+        return self._variables.copy().run(inside)
