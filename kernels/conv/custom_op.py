@@ -31,9 +31,9 @@ torch.library.define(
 def backend_functions(backend: str) -> tuple[Any, Any]:
     """A backend's `causal_conv1d_fwd` and `causal_conv1d_bwd`, imported when first asked for."""
     if backend == "triton":
-        from ssm_modal.kernels.conv import triton_conv
+        from ssm_modal.kernels.conv import triton_bwd, triton_fwd
 
-        return triton_conv.causal_conv1d_fwd, triton_conv.causal_conv1d_bwd
+        return triton_fwd.causal_conv1d_fwd, triton_bwd.causal_conv1d_bwd
     from ssm_modal.kernels.cpu import bindings
 
     return bindings.causal_conv1d_fwd, bindings.causal_conv1d_bwd

@@ -17,6 +17,7 @@ from ssm_modal.kernels.conv import (
     causal_conv1d_step,
     causal_conv1d_step_,
 )
+from ssm_modal.kernels.conv.launch import LONGEST, SHORTEST, conv_launch
 from ssm_modal.kernels.sequences import Sequences
 from tests.kernels.laws import served, skip_unless_possible
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
@@ -432,6 +433,54 @@ def test_offsets_past_32_bits() -> None:
     (dx,) = torch.autograd.grad(out[:, -64:], x, dout)
     (dwant,) = torch.autograd.grad(want[:, -64:], tail, dout.double())
     assert_close(dx[:, -67:], dwant, GRADIENT[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("taps", "d_inner"), [(4, 1536), (3, 1000), (7, 257), (16, 96)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_many_chunks_on_gpu(dtype: torch.dtype, taps: int, d_inner: int, reverse: bool) -> None:
+    """Blocks of channels and chunks as they are launched for real inputs, beside the torch form in fp64."""
+    seqs = Sequences.from_lengths([2048, 1, 0, 700, 2, 1999], "cuda")
+    given = make(1, seqs.total, d_inner, taps, device="cuda", dtype=dtype, state_rows=seqs.n)
+    outs, grads = [], []
+    upstream = [
+        torch.randn(1, seqs.total, d_inner, device="cuda").to(dtype),
+        torch.randn(seqs.n, d_inner, taps - 1, device="cuda").to(dtype),
+    ]
+    for wide, backend in ((dtype, "triton"), (torch.float64, "torch")):
+        leaves = {k: v.to(wide).requires_grad_() for k, v in given.items()}
+        both = causal_conv1d(
+            **leaves,
+            activation="silu",
+            cu_seqlens=seqs,
+            reverse=reverse,
+            return_final_state=True,
+            backend=backend,
+        )
+        outs.append(both)
+        grads.append(torch.autograd.grad(both, list(leaves.values()), [g.to(wide) for g in upstream]))
+    assert_close(outs[0][0], outs[1][0], OUTPUT[dtype], "out")
+    assert torch.equal(outs[0][1].double(), outs[1][1])
+    for name, grad, want in zip(given, *grads):
+        assert_close(grad, want, GRADIENT[dtype], f"d{name}")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("taps", [1, 4, 5, 8, 9, 16])
+def test_launch_table(backward: bool, taps: int) -> None:
+    """Walks are a whole number of rounds, longer where there is more work, and leave programs enough."""
+    steps = 0
+    for rows in (1, 2048, 65536, 131072, 1 << 20, 1 << 24):
+        launch = conv_launch(rows, 2048, taps, backward)
+        assert launch.steps % launch.unroll == 0
+        assert launch.steps >= max(steps, 2 * taps)
+        assert launch.block_d % (32 * launch.warps) == 0
+        steps = launch.steps
+        programs = -(-rows // steps) * (2048 // launch.block_d)
+        assert programs >= 4096 or steps == SHORTEST
+    assert steps == LONGEST
+    assert conv_launch(64, 3, taps, backward).block_d == 16
 
 
 @pytest.mark.gpu

@@ -1,0 +1,87 @@
+"""Sums over the programs of a kernel: the second half of a gradient that many programs share.
+
+A backward kernel writes one row of fp32 partial sums a program; here they are added up in a fixed order, so
+that two runs agree to the bit, and land in their places in their own dtypes, all in one launch.
+"""
+
+# mypy: ignore-errors
+# Triton kernels are a language of their own, which mypy cannot read.
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssm_modal.kernels.aot import AotCase
+
+# Rows are added in tiles of this many, channel blocks of this width: 4 KiB under way a warp.
+ROWS, BLOCK, WARPS = 64, 32, 2
+
+
+@triton.jit(do_not_specialize=["rows"])
+def column_sums_kernel(
+    partial,  # (rows, K + 1 or K, width) fp32, contiguous
+    main,  # (width, K), contiguous
+    last,  # (width,)
+    rows,
+    width,
+    K: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    plane = tl.program_id(1)
+    r = tl.arange(0, ROWS)
+    mask = c < width
+    at = partial + plane * width + c[None, :] + r[:, None].to(tl.int64) * PLANES * width
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    i = rows * 0
+    while i < rows:
+        sums += tl.load(at, mask=mask[None, :] & (i + r < rows)[:, None], other=0.0)
+        at += ROWS * PLANES * width.to(tl.int64)
+        i += ROWS
+    total = tl.sum(sums, 0)
+    if plane < K:
+        tl.store(main + c * K + plane, total.to(main.dtype.element_ty), mask=mask)
+    elif HAS_LAST:
+        tl.store(last + c, total.to(last.dtype.element_ty), mask=mask)
+
+
+def column_sums(partial: Tensor, main: Tensor, last: Tensor | None = None) -> None:
+    """Sum `partial` over its rows into `main` and `last`, in fp32, in a fixed order.
+
+    partial: (rows, planes, width) fp32, contiguous. main: (width, K) contiguous, K planes of sums, the last
+    axis first. last: (width,), the sums of plane K, or None where there is none or it is not wanted.
+    """
+    rows, planes, width = partial.shape
+    taps = main.shape[1]
+    if width == 0:
+        return
+    with torch.cuda.device_of(partial):
+        column_sums_kernel[(-(-width // BLOCK), taps + (last is not None))](
+            partial,
+            main,
+            main if last is None else last,
+            rows,
+            width,
+            K=taps,
+            HAS_LAST=last is not None,
+            PLANES=planes,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
+def aot_cases() -> list[AotCase]:
+    """The convolution's sums and the norm's."""
+    cases = []
+    for taps, has_last, dtype in ((4, True, "bf16"), (1, False, "fp32")):
+        given = {"partial": "*fp32", "main": "*" + dtype, "last": "*" + dtype, "rows": 512, "width": 2048}
+        given |= {"K": taps, "HAS_LAST": has_last, "PLANES": taps + has_last, "ROWS": ROWS, "BLOCK": BLOCK}
+        config = f"{taps} planes{' and a last' if has_last else ''} {dtype}"
+        cases.append(AotCase(column_sums_kernel, config, given, num_warps=WARPS))
+    return cases
