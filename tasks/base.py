@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssm_modal
+from ssm_modal.backbone import Backbone
 from ssm_modal.checkpoints.native import check_fit
 from ssm_modal.errors import CheckpointError
+from ssm_modal.heads.chunked_loss import IGNORE
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
 from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
@@ -26,11 +28,9 @@ try:
 except ImportError as error:
     raise ImportError('training needs Lightning: pip install "ssm-modal[train]"') from error
 
-IGNORE = -100
-"""The label of a position at which nothing is predicted."""
-
 DEFAULT_OPTIMIZER = OptimizerConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
+Recompute = Literal["none", "blocks"]
 
 _CHECKPOINT_KEY = "ssm_modal"
 
@@ -73,6 +73,10 @@ class TrainingTask(LightningModule):
         schedule: the learning rate over the run.
         init_from: weights to start from: a folder of `save_pretrained`, a run's folder or a `.ckpt`.
         init_part: "all" of them, or the "backbone" alone, under a new head and embedding.
+        recompute: "blocks" keeps only the input of each block in training and computes the rest of it again
+            in the backward (memory: one block's activations beside the inputs of all), for models that need
+            the whole sequence, such as bidirectional ones; "none" leaves it to the model's own
+            `gradient_checkpointing`. Gradients are the same.
 
     A batch is a dict with `ids` (batch, length) int64, `labels` likewise (-100 where nothing is predicted)
     and optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once a batch and on the host.
@@ -88,8 +92,11 @@ class TrainingTask(LightningModule):
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
         init_part: Literal["all", "backbone"] = "all",
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
+        if recompute not in ("none", "blocks"):
+            raise ValueError(f"recompute is {recompute!r}, expected none or blocks")
         overrides = dict(overrides or {})
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.model: nn.Module = ssm_modal.create_model(model, **overrides)
@@ -99,6 +106,9 @@ class TrainingTask(LightningModule):
         )
         if init_from is not None:
             self._start_from(init_from, init_part)
+        self.recompute = recompute
+        if recompute == "blocks":
+            self._backbone("recompute").gradient_checkpointing = True
         self._totals: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ what a task writes
@@ -125,6 +135,25 @@ class TrainingTask(LightningModule):
     def model_config(self) -> dict[str, Any]:
         """The model's whole config as plain data."""
         return self.model.config.to_dict()  # type: ignore[union-attr, operator]
+
+    def _backbone(self, option: str) -> Backbone:
+        """The model's backbone; `option` is the argument that needs one."""
+        backbone = getattr(self.model, "backbone", None)
+        if not isinstance(backbone, Backbone):
+            raise ValueError(f"{option} needs a model with a Backbone, {type(self.model).__name__} has none")
+        return backbone
+
+    def check_segment(self, option: str, segment: int | None) -> None:
+        """Raise ValueError where `segment`, the argument `option`, is not a length to run this model by."""
+        if segment is None:
+            return
+        if isinstance(segment, bool) or not isinstance(segment, int) or segment < 1:
+            raise ValueError(f"{option} is {segment!r}, expected a whole number of 1 or more tokens, or null")
+        if not self._backbone(option).has_state:
+            raise ValueError(
+                f"{option} is {segment}, but {self.hparams['model']} has a layer that needs the whole "
+                "sequence and carries no state; set recompute: blocks instead"
+            )
 
     def _start_from(self, path: str, part: str) -> None:
         source: Any = ssm_modal.load_pretrained(path)

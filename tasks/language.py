@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ssm_modal.heads import long_token_loss, long_token_nats
 from ssm_modal.tasks.base import (
     DEFAULT_OPTIMIZER,
     DEFAULT_SCHEDULE,
     IGNORE,
     OptimizerConfig,
+    Recompute,
     ScheduleConfig,
     StepOutput,
     TrainingTask,
@@ -25,7 +27,13 @@ class LanguageModelling(TrainingTask):
     """Next-token prediction.
 
     Args:
-        model, overrides, optimizer, schedule, init_from, init_part: as for `TrainingTask`.
+        model, overrides, optimizer, schedule, init_from, init_part, recompute: as for `TrainingTask`; with
+            recompute "blocks" the full logits never exist either.
+        segment: tokens of a sequence that go through the model at once in training, validation and tests;
+            None for the whole. Training is exact over any length in the memory of one segment: states are
+            carried forward, segments computed again for their gradients
+            (`ssm_modal.backbone.sum_over_segments`), and the loss taken a piece at a time. Attention is exact
+            too, but its cache is kept once a segment.
         stream: when to take the streamed loss beside the loss over windows: the whole text in one pass with
             the state carried, so that every token is predicted from all text before it. "off", "validate"
             (each validation) or "test" (`ssm-modal test`, and after training). Needs a data module with
@@ -51,8 +59,12 @@ class LanguageModelling(TrainingTask):
         stream: Literal["off", "validate", "test"] = "off",
         stream_segment: int = 4096,
         input_noise: float = 0.0,
+        segment: int | None = None,
+        recompute: Recompute = "none",
     ) -> None:
-        super().__init__(model, overrides, optimizer, schedule, init_from, init_part)
+        super().__init__(model, overrides, optimizer, schedule, init_from, init_part, recompute)
+        self.check_segment("segment", segment)
+        self.segment = segment
         if stream not in ("off", "validate", "test"):
             raise ValueError(f"stream is {stream!r}, expected off, validate or test")
         if stream_segment < 1:
@@ -64,7 +76,13 @@ class LanguageModelling(TrainingTask):
     def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
         if stage == "train" and self.input_noise:
             batch = {**batch, "ids": self._noised(batch["ids"])}
-        return StepOutput(*token_loss(self.logits(batch), batch["labels"]))
+        if self.segment is None and self.recompute == "none":
+            return StepOutput(*token_loss(self.logits(batch), batch["labels"]))
+        model: Any = self.model
+        loss, count = long_token_loss(
+            model, batch["ids"], batch["labels"], segment=self.segment, seqs=batch.get("seqs")
+        )
+        return StepOutput(loss, count)
 
     def _noised(self, ids: Tensor) -> Tensor:
         """`ids` with a share of `input_noise` drawn anew."""
@@ -116,10 +134,17 @@ class LanguageModelling(TrainingTask):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """`ids`, `labels` and `nats`, (batch, length) on the host: each target's loss, 0 where none is."""
-        logits, labels = self.logits(batch), batch["labels"]
-        nats = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none"
-        )
+        labels = batch["labels"]
+        if self.segment is not None:
+            model: Any = self.model
+            nats = long_token_nats(model, batch["ids"], labels, segment=self.segment, seqs=batch.get("seqs"))
+        else:
+            nats = torch.nn.functional.cross_entropy(
+                self.logits(batch).float().flatten(0, -2),
+                labels.flatten(),
+                ignore_index=IGNORE,
+                reduction="none",
+            )
         return {"ids": batch["ids"].cpu(), "labels": labels.cpu(), "nats": nats.view(labels.shape).cpu()}
 
     @property

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_modal.backbone import Segment, sum_over_segments
 from ssm_modal.tasks.base import (
     DEFAULT_OPTIMIZER,
     DEFAULT_SCHEDULE,
     IGNORE,
     OptimizerConfig,
+    Recompute,
     ScheduleConfig,
     StepOutput,
     TrainingTask,
@@ -45,7 +47,7 @@ class SyntheticTask(TrainingTask):
     `test_batch`.
 
     Args:
-        model, overrides, optimizer, schedule, init_from, init_part: see `TrainingTask`.
+        model, overrides, optimizer, schedule, init_from, init_part, recompute: see `TrainingTask`.
         stop_at: end the training once every validated accuracy has been at least this (0 to 1) at
             `stop_checks` validations running; None trains to `trainer.max_steps`.
         stop_checks: see `stop_at`.
@@ -53,6 +55,9 @@ class SyntheticTask(TrainingTask):
         tokens_in_flight: tokens of a test batch that go through the model at once; None: 2^14 on a CPU, 2^19
             on CUDA.
         max_length: longer test settings are reported as n/a, for a model whose state grows with the length.
+        train_segment: tokens of a sequence that go through the model at once in training and in validation at
+            the trained length, exactly and in the memory of one segment
+            (`ssm_modal.backbone.sum_over_segments`); None for the whole.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class SyntheticTask(TrainingTask):
         segment: int = SEGMENT,
         tokens_in_flight: int | None = None,
         max_length: int | None = None,
+        train_segment: int | None = None,
+        recompute: Recompute = "none",
     ) -> None:
         if stop_at is not None and not 0 < stop_at <= 1:
             raise ValueError(f"stop_at is {stop_at}, expected above 0 and at most 1, or None")
@@ -79,7 +86,9 @@ class SyntheticTask(TrainingTask):
         }.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        super().__init__(model, overrides, optimizer, schedule, init_from, init_part)
+        super().__init__(model, overrides, optimizer, schedule, init_from, init_part, recompute)
+        self.check_segment("train_segment", train_segment)
+        self.train_segment = train_segment
         self.stop_at, self.stop_checks = stop_at, stop_checks
         self.segment, self.tokens_in_flight, self.max_length = segment, tokens_in_flight, max_length
         self.results: list[LengthResult] = []
@@ -135,8 +144,25 @@ class SyntheticTask(TrainingTask):
 
     def _labelled_logits(self, batch: Mapping[str, Any]) -> Tensor:
         model: Any = self.model
-        hidden, _ = model.hidden(batch["ids"])
-        return model.logits(hidden[batch["rows"], batch["columns"]])
+        rows, columns = batch["rows"], batch["columns"]
+        if self.train_segment is None:
+            hidden, _ = model.hidden(batch["ids"])
+            return model.logits(hidden[rows, columns])
+
+        def labelled(hidden: Tensor, segment: Segment) -> Tensor:
+            """(labels, d_model): the vectors of those in this segment, zeros for the others."""
+            inside = (columns >= segment.start) & (columns < segment.end)
+            here = (columns - segment.start).clamp(0, hidden.shape[1] - 1)
+            return torch.where(inside[:, None], hidden[rows, here], 0)
+
+        hidden = sum_over_segments(
+            lambda segment, state: model.hidden(segment.inputs[0], state, seqs=segment.seqs),
+            labelled,
+            (batch["ids"],),
+            model.parameters(),
+            self.train_segment,
+        )
+        return model.logits(hidden)
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         # The first group may be one that is kept as it started (multiplier 0): the rate without multipliers.

@@ -1,4 +1,5 @@
-"""What a computation done a second time needs to repeat the first: random numbers, autocast, context variables.
+"""What a computation done a second time needs to repeat the first: random numbers, autocast, context
+variables.
 
 A backward runs in a thread of its own on CUDA, without the autocast and the context variables of the forward.
 """
@@ -9,7 +10,7 @@ import contextvars
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ class RandomState:
 class Surroundings:
     """Autocast and context variables as they are where this object is made, for work on `device`.
 
-    `run` calls a function under them from any thread. Autocast's cache of cast weights stays off inside: what it
-    keeps from a pass without gradients must not serve one with them.
+    `run` calls a function under them from any thread. Autocast's cache of cast weights stays off inside: what
+    it keeps from a pass without gradients must not serve one with them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,8 +57,8 @@ class Surroundings:
         _, enabled, dtype = self._autocast[0]
         return enabled and dtype == torch.float16
 
-    def run(self, function: Callable[[], T], grad: bool) -> T:
-        """`function()` under the surroundings kept, recording gradients or not."""
+    def run(self, function: Callable[..., T], *arguments: Any, grad: bool) -> T:
+        """`function(*arguments)` under the surroundings kept, recording gradients or not."""
 
         def inside() -> T:
             with ExitStack() as stack:
@@ -66,6 +67,6 @@ class Surroundings:
                     stack.enter_context(
                         torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
                     )
-                return function()
+                return function(*arguments)
 
         return self._variables.copy().run(inside)

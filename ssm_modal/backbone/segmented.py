@@ -1,11 +1,11 @@
-"""Exact training over any length in bounded memory: segment by segment, each computed again for its gradients.
+"""Exact training over any length in bounded memory: by segments, each computed again for its gradients.
 
-A causal model that carries a state is run over a long sequence in segments. The first pass records no gradients
-and keeps nothing but the state that enters each segment. The second goes from the last segment to the first:
-each is computed again from its entering state, this time with gradients, the gradient of its leaving state being
-the one that came out of the segment after it. The result is the gradient of the whole sequence, not a truncated
-one: the chain rule over segments (backpropagation through time with checkpoints; Griewank & Walther, "Revolve",
-ACM TOMS 26(1), 2000), and the memory that of one segment, whatever the length.
+A causal model that carries a state is run over a long sequence in segments. The first pass records no
+gradients and keeps nothing but the state that enters each segment. The second goes from the last segment to
+the first: each is computed again from its entering state, this time with gradients, the gradient of its
+leaving state being the one that came out of the segment after it. The result is the gradient of the whole
+sequence, not a truncated one: the chain rule over segments (backpropagation through time with checkpoints;
+Griewank & Walther, "Revolve", ACM TOMS 26(1), 2000), and the memory that of one segment, whatever the length.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ssm_modal.state import State
 class Segment:
     """Steps [start, end) of the whole.
 
-    inputs: the same steps of each input, (batch, end - start, ...). seqs: where packed sequences have a border in
-    here, their parts that lie in it; None where one sequence (or every row of the batch) fills it.
+    inputs: the same steps of each input, (batch, end - start, ...). seqs: where packed sequences have a
+    border in here, their parts that lie in it; None where one sequence (or every row of the batch) fills it.
     """
 
     start: int
@@ -45,7 +45,7 @@ Head = Callable[[Tensor, Segment], Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a segment lies, the lengths of its parts of sequences, and whether a state enters and leaves it."""
+    """Where a segment lies, its lengths of packed sequences, and whether a state enters and leaves it."""
 
     start: int
     end: int
@@ -83,19 +83,19 @@ def sum_over_segments(
     """The sum over all segments of `head(hidden, segment)`, where `hidden, state = body(segment, state)`.
 
     Equal to one call over the whole length in value and in every gradient, in the memory of one segment, the
-    gradients and one state a segment. One `torch.autograd.Function` whose inputs are `inputs` and `parameters`,
-    so hooks on parameters, accumulation, loss scaling and clipping see what they always see.
+    gradients and one state a segment. One `torch.autograd.Function` whose inputs are `inputs` and
+    `parameters`, so hooks on parameters, accumulation, loss scaling and clipping see what they always see.
 
     Args:
-        body: `body(segment, state)` runs the model over `segment.inputs` (with `segment.seqs`) from `state`, a
-            `State` or None at a start, and returns (hidden, new state). It must be causal and, given the same
-            random numbers and state, the same each time.
-        head: `head(hidden, segment)` gives a tensor, or a tuple of tensors, of the same shapes for every segment:
-            a summed loss, a sum over positions (a mean's numerator), the last step's vector in the segment that
-            has it and zeros elsewhere.
+        body: `body(segment, state)` runs the model over `segment.inputs` (with `segment.seqs`) from `state`,
+            a `State` or None at a start, and returns (hidden, new state). It must be causal and, given the
+            same random numbers and state, the same each time.
+        head: `head(hidden, segment)` gives a tensor, or a tuple of tensors, of the same shapes for every
+            segment: a summed loss, a sum over positions (a mean's numerator), the last step's vector in the
+            segment that has it and zeros elsewhere.
         inputs: (batch, length, ...) each, cut along the length. Those that require gradients get them.
-        parameters: every tensor that requires gradients and that `body` and `head` use beside `inputs`; others
-            may be among them. A tensor left out gets no gradient.
+        parameters: every tensor that requires gradients and that `body` and `head` use beside `inputs`;
+            others may be among them. A tensor left out gets no gradient.
         segment: steps a segment, at least 1; the last may be shorter.
         seqs: packed sequences along the length (batch 1); they may cross the borders of segments.
         ahead: compute the gradients already in the forward and only scale them in the backward. `head` must
@@ -106,8 +106,8 @@ def sum_over_segments(
     Returns what `head` returns, summed over the segments. First derivatives only. Without gradients (under
     `torch.no_grad()`, or where nothing requires any) it is one pass.
 
-    A state that grows with the length (attention's cache) is exact too, but each segment keeps its own: memory
-    then grows with length^2 / segment.
+    A state that grows with the length (attention's cache) is exact too, but each segment keeps its own:
+    memory then grows with length^2 / segment.
 
     Raises TypeError or ValueError for bad arguments, StateError where `body` returns no state to carry, and
     RuntimeError in the backward where a parameter was changed in place since the forward.
@@ -230,8 +230,8 @@ class _Plan:
             return hidden, None
         if not isinstance(leaving, State):
             raise StateError(
-                f"segment: the model returned {type(leaving).__name__} as its state after step {cut.end}, but "
-                "the rest needs one; a model that needs the whole sequence cannot be run by segments "
+                f"segment: the model returned {type(leaving).__name__} as its state after step {cut.end}, "
+                "but the rest needs one; a model that needs the whole sequence cannot be run by segments "
                 "(recompute its blocks instead)"
             )
         if rows > 1:
@@ -250,6 +250,11 @@ class _Plan:
             raise ValueError(f"ahead needs a head that returns one real scalar, got shapes {shapes}")
         return outs
 
+    def run(self, k: int, segment: Segment, state: Any, outputs: bool) -> tuple[tuple[Tensor, ...], Any]:
+        """Body and, if asked for, head over segment k: the outputs, and the state to carry on."""
+        hidden, leaving = self.advance(k, segment, state)
+        return self.outputs(hidden, segment) if outputs else (), leaving
+
     # ------------------------------------------------------------------ the two passes
 
     def first_pass(
@@ -263,20 +268,15 @@ class _Plan:
         sums: tuple[Tensor, ...] = ()
         state: Any = None
 
-        def run(k: int) -> None:
-            nonlocal state, sums
-            segment = self.segment(k, inputs)
-            hidden, leaving = self.advance(k, segment, state)
-            if outputs:
-                sums = _added(sums, self.outputs(hidden, segment))
-            state = pytree.tree_map(_compact, leaving)
-
         for k in range(len(self.cuts)):
             if keep:
                 leaves, spec = ([], None) if state is None else pytree.tree_flatten(state)
                 kept.append(_Kept(tuple(leaves), spec, RandomState.of(self.device)))
             if outputs or k + 1 < len(self.cuts):
-                self.surroundings.run(lambda k=k: run(k), grad=False)  # type: ignore[misc]
+                segment = self.segment(k, inputs)
+                outs, state = self.surroundings.run(self.run, k, segment, state, outputs, grad=False)
+                state = None if state is None else pytree.tree_map(_compact, state)
+                sums = _added(sums, outs)
         return kept, sums
 
     def second_pass(
@@ -288,8 +288,8 @@ class _Plan:
     ) -> tuple[tuple[Tensor, ...], list[Tensor | None], list[Tensor | None]]:
         """The segments from the last to the first with gradients; `kept` is emptied on the way.
 
-        douts: the gradients of the summed outputs; None stands for 1. Returns the summed outputs, the gradients
-        of the inputs and of the parameters (half-precision ones summed in fp32).
+        douts: the gradients of the summed outputs; None stands for 1. Returns the summed outputs, the
+        gradients of the inputs and of the parameters (half-precision ones summed in fp32).
         """
         dinputs = [torch.zeros_like(x) if n else None for x, n in zip(inputs, needed)]
         total = _Total(self.parameters)
@@ -304,13 +304,8 @@ class _Plan:
             own = tuple(_fresh(x, n) for x, n in zip(segment.inputs, needed))
             segment = Segment(segment.start, segment.end, own, segment.seqs)
 
-            def run(
-                k: int = k, segment: Segment = segment, state: Any = entering.state(leaves)
-            ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-                hidden, leaving = self.advance(k, segment, state)
-                return self.outputs(hidden, segment), pytree.tree_leaves(leaving)
-
-            outs, leaving = self.surroundings.run(run, grad=True)
+            outs, state = self.surroundings.run(self.run, k, segment, entering.state(leaves), True, grad=True)
+            leaving = [] if state is None else pytree.tree_leaves(state)
             given = [torch.ones_like(o) for o in outs] if douts is None else list(douts)
             pairs = [(o, d) for o, d in zip([*outs, *leaving], [*given, *dstate])]
             pairs = [(o, d) for o, d in pairs if d is not None and _is_tensor(o) and o.requires_grad]
@@ -333,7 +328,7 @@ class _Plan:
             sums = _added(tuple(o.detach() for o in outs), sums)
             if after is None:
                 after = RandomState.of(self.device)  # as after one pass over the whole
-            del outs, leaving, pairs, found, run
+            del outs, leaving, state, pairs, found  # the graph, before the next one is made
         assert after is not None
         after.restore(self.device)
         return sums, dinputs, total.sums

@@ -32,14 +32,13 @@ def chunked_cross_entropy(
     *,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in nats, and the number of targets; logits for at most `chunk` positions at a time.
+    """Summed cross-entropy in nats and the number of targets, with logits of `chunk` positions at a time.
 
-    Equal to `cross_entropy(logits(hidden).float(), labels, ignore_index=-100, reduction="sum")` in value and in
-    every gradient. Each chunk's gradients are taken while its logits are there, in the forward, and scaled in the
-    backward: one product with the vocabulary's weight forward and two backward, as without chunks. Where the
-    logits are fp16 (or autocast makes them so) the backward computes them again, with the loss's scale in hand,
-    since fp16 gradients need it. Logits are computed at labelled positions alone; finding them reads the labels'
-    device once a call.
+    Equal to `cross_entropy(logits(hidden).float(), labels, ignore_index=-100, reduction="sum")` in value and
+    in every gradient. Each chunk's gradients are taken while its logits are there, in the forward, and only
+    scaled in the backward, so that nothing is computed twice. Where the logits are fp16 (or autocast makes them
+    so) the backward computes them again, with the loss's scale in hand, since fp16 gradients need it. Logits
+    are computed at labelled positions alone; finding them reads the labels' device once a call.
 
     Args:
         logits: (rows, d_model) to (rows, vocab) logits, each row on its own, any floating dtype.
@@ -104,10 +103,7 @@ class _Chunks:
         """The summed loss, without gradients."""
         total = None
         for start, end in self._spans(rows):
-            logits = self.surroundings.run(
-                lambda start=start, end=end: self.logits(rows[start:end]),  # type: ignore[misc]
-                grad=False,
-            )
+            logits = self.surroundings.run(self.logits, rows[start:end], grad=False)
             part, _ = _cross_entropy(logits, targets[start:end], None, gradient=False)
             total = part if total is None else total + part
         assert total is not None
@@ -122,7 +118,7 @@ class _Chunks:
         total = None
         for start, end in self._spans(rows):
             own = rows[start:end].detach().requires_grad_(need_rows)
-            logits = self.surroundings.run(lambda own=own: self.logits(own), grad=True)  # type: ignore[misc]
+            logits = self.surroundings.run(self.logits, own, grad=True)
             with torch.no_grad():
                 part, dlogits = _cross_entropy(logits.detach(), targets[start:end], scale, gradient=True)
                 total = part if total is None else total + part

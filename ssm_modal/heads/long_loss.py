@@ -46,16 +46,18 @@ def long_token_loss(
     """Summed next-token cross-entropy in nats, and the number of targets, without ever holding all logits.
 
     Gradients are those of the whole sequence. With `segment` the model is run by segments
-    (`sum_over_segments`): memory is that of one segment, and the gradients are computed in the forward, unless in
-    fp16, and handed out in the backward. Without it the model is run once, and the loss alone goes by chunks.
+    (`sum_over_segments`): memory is that of one segment, and the gradients are computed in the forward,
+    unless in fp16, and handed out in the backward. Without it the model is run once, and the loss alone goes
+    by chunks.
 
     Args:
         model: `CausalLM`, or what has its `hidden`, `logits`, `config.vocab_size` and `parameters`.
         ids: (batch, length) int64, or (1, total) packed by `seqs`.
-        labels: (batch, length) int64, aligned: position t predicts labels[:, t]; -100 where nothing is predicted.
+        labels: (batch, length) int64, -100 where nothing is predicted; labels[:, t] is predicted at t.
         segment: tokens a segment, or None for the whole at once.
         seqs: packed sequences; they may cross the borders of segments.
-        chunk: positions whose logits exist at once; None: about 1 GiB of fp32 logits on CUDA, 64 MiB on a CPU.
+        chunk: positions whose logits exist at once; None: about 1 GiB of fp32 logits on CUDA, 64 MiB on a
+            CPU.
 
     Returns (loss (), count ()). Raises as `sum_over_segments` and `chunked_cross_entropy`.
     """
