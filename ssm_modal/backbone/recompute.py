@@ -7,8 +7,8 @@ A backward runs in a thread of its own on CUDA, without the autocast and the con
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,6 +36,32 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
+
+
+@contextmanager
+def hooks_held(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, hooks registered on `tensors` do not run.
+
+    A hook on a parameter is to see its gradient once, whole; `torch.autograd.grad` over a part would show it
+    the part's.
+    """
+    held = [(hooks, dict(hooks)) for t in tensors if (hooks := getattr(t, "_backward_hooks", None))]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in held:
+            hooks.update(own)
+
+
+def refuse_second_derivatives(what: str) -> None:
+    """Raise RuntimeError in a backward that is itself recorded."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} has first derivatives only, but a graph of its gradients was asked for with "
+            "create_graph=True"
+        )
 
 
 class Surroundings:

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from ssm_modal.backbone.recompute import RandomState, Surroundings
+from ssm_modal.backbone.recompute import (
+    RandomState,
+    Surroundings,
+    hooks_held,
+    refuse_second_derivatives,
+)
 from ssm_modal.errors import StateError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.state import State
@@ -312,12 +316,13 @@ class _Plan:
             targets = [t for t in (*own, *leaves) if t.requires_grad]
             found: dict[int, Tensor | None] = {}
             if pairs:
-                results = torch.autograd.grad(
-                    [o for o, _ in pairs],
-                    [*self.parameters, *targets],
-                    [d for _, d in pairs],
-                    allow_unused=True,
-                )
+                with hooks_held(self.parameters):
+                    results = torch.autograd.grad(
+                        [o for o, _ in pairs],
+                        [*self.parameters, *targets],
+                        [d for _, d in pairs],
+                        allow_unused=True,
+                    )
                 total.add(results[: len(self.parameters)])
                 found = {id(t): g for t, g in zip(targets, results[len(self.parameters) :])}
             for whole, part in zip(dinputs, own):
@@ -383,8 +388,8 @@ class _Sum(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivatives("training by segments")
         plan: _Plan = ctx.plan
         if all(d is None for d in douts):
             return (None,) * (2 + ctx.n_inputs + len(plan.parameters))

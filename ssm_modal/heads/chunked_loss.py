@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ssm_modal.backbone.recompute import RandomState, Surroundings
+from ssm_modal.backbone.recompute import (
+    RandomState,
+    Surroundings,
+    hooks_held,
+    refuse_second_derivatives,
+)
 
 IGNORE = -100
 """The label of a position at which nothing is predicted."""
@@ -36,9 +40,9 @@ def chunked_cross_entropy(
 
     Equal to `cross_entropy(logits(hidden).float(), labels, ignore_index=-100, reduction="sum")` in value and
     in every gradient. Each chunk's gradients are taken while its logits are there, in the forward, and only
-    scaled in the backward, so that nothing is computed twice. Where the logits are fp16 (or autocast makes them
-    so) the backward computes them again, with the loss's scale in hand, since fp16 gradients need it. Logits
-    are computed at labelled positions alone; finding them reads the labels' device once a call.
+    scaled in the backward, so that nothing is computed twice. Where the logits are fp16 (or autocast makes
+    them so) the backward computes them again, with the loss's scale in hand, since fp16 gradients need it.
+    Logits are computed at labelled positions alone; finding them reads the labels' device once a call.
 
     Args:
         logits: (rows, d_model) to (rows, vocab) logits, each row on its own, any floating dtype.
@@ -125,7 +129,8 @@ class _Chunks:
             if not logits.requires_grad:
                 continue
             wanted = [own, *self.parameters] if need_rows else list(self.parameters)
-            found = list(torch.autograd.grad(logits, wanted, dlogits, allow_unused=True))
+            with hooks_held(self.parameters):
+                found = list(torch.autograd.grad(logits, wanted, dlogits, allow_unused=True))
             del logits, dlogits
             if drows is not None:
                 own_grad = found.pop(0)
@@ -197,8 +202,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives("chunked_cross_entropy")
         work: _Chunks = ctx.work
         grads: list[Tensor | None]
         if ctx.later:
