@@ -1,8 +1,8 @@
 """One whole training step on one long sequence: `python -m benchmarks.long_training --length 1048576`.
 
 Forward, backward, clipping and fused AdamW; on CUDA under bf16 autocast over fp32 weights. A causal model
-(Mamba, tied embedding) is trained by segments, a bidirectional one (`--bidirectional`: masked tokens) with its
-blocks recomputed. Before any time is printed, the same model's loss and gradients on a short sequence are
+(Mamba, tied embedding) is trained by segments, a bidirectional one (`--bidirectional`: masked tokens) with
+its blocks recomputed. Before any time is printed, the same model's loss and gradients on a short sequence are
 compared in fp32 with those of plain autograd, and the program ends with 1 where they differ.
 """
 
@@ -130,9 +130,10 @@ def estimate(job: Job, length: int, narrow: bool, recompute: bool) -> dict[str, 
     """Bytes that a step should need, by what for; with `narrow` activations in bf16.
 
     Weights and Adam's two moments are fp32; the gradients stand twice, as sums over segments and as those of
-    the segment at hand. A Mamba layer keeps for its backward, in elements a token: the residual stream (d_model,
-    fp32), the norm's output (d_model), input and gate (2 d_inner), the convolution's output, delta and the
-    scan's output (d_inner each), dt, B and C; and of the scan's states at its chunks' borders d_inner bytes.
+    the segment at hand. A Mamba layer keeps for its backward, in elements a token: the residual stream
+    (d_model, fp32), the norm's output (d_model), input and gate (2 d_inner), the convolution's output, delta
+    and the scan's output (d_inner each), dt, B and C; and of the scan's states at its chunks' borders d_inner
+    bytes.
     """
     config = job.model.backbone.config  # type: ignore[union-attr]
     mixer = config.mixer_of(0)
@@ -169,7 +170,7 @@ def synchronized(device: torch.device) -> float:
 def train_step(
     job: Job, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], narrow: bool
 ) -> tuple[float, float, float, float]:
-    """Loss, and the seconds of the loss (by segments with its gradients), the backward, and clipping and AdamW."""
+    """Loss, and the seconds of the loss (by segments: gradients too), the backward, clipping and AdamW."""
     device = batch[0].device
     times = [synchronized(device)]
     optimizer.zero_grad(set_to_none=True)

@@ -64,6 +64,8 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("It was the best of times, it was the worst of times, " * 200)
         options["data.cache_dir"] = tmp_path / "cache"
+        if "segment" in content["model"]["init_args"]:  # a window longer than this text, by segments
+            options |= {"data.length": 600, "model.segment": 250}
     args = [f"--{key}={value}" for key, value in options.items()]
     assert main(["fit", "--config", name, *args]) == 0, capsys.readouterr().err
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
