@@ -22,6 +22,11 @@ def complex_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As users write it, without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_tensor(op: str, name: str, value: object) -> Tensor:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
@@ -35,22 +40,23 @@ def check_shape(op: str, name: str, value: object, expected: Sequence[int | str]
     `meaning` says the axes in words, e.g. "(batch, length, d_inner)".
     """
     tensor = check_tensor(op, name, value)
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        isinstance(want, str) or got == want for got, want in zip(shape, expected)
-    )
-    if not fits:
-        want = "(" + ", ".join(str(e) for e in expected) + ("," if len(expected) == 1 else "") + ")"
-        that = "" if meaning == want else f", that is {meaning}"
-        raise ValueError(f"{op}: {name} has shape {shape}, expected {want}{that}")
-    return tensor
+    shape = tensor.shape
+    if len(shape) == len(expected):
+        # A plain loop: this runs for every argument of every call.
+        for got, want in zip(shape, expected):
+            if not isinstance(want, str) and got != want:
+                break
+        else:
+            return tensor
+    want = "(" + ", ".join(str(e) for e in expected) + ("," if len(expected) == 1 else "") + ")"
+    that = "" if meaning == want else f", that is {meaning}"
+    raise ValueError(f"{op}: {name} has shape {tuple(shape)}, expected {want}{that}")
 
 
 def check_dtype(op: str, name: str, value: Tensor, allowed: Sequence[torch.dtype], why: str = "") -> None:
     """Raise TypeError unless `value.dtype` is one of `allowed`."""
     if value.dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        got = str(value.dtype).removeprefix("torch.")
+        names, got = ", ".join(map(dtype_name, allowed)), dtype_name(value.dtype)
         raise TypeError(f"{op}: {name} has dtype {got}, expected {names}{' (' + why + ')' if why else ''}")
 
 
@@ -62,12 +68,25 @@ def check_device(op: str, name: str, value: Tensor, device: torch.device, beside
 
 def check_same(op: str, tensors: dict[str, Tensor | None], reference: str, lead: Tensor) -> None:
     """Raise unless every given tensor shares dtype and device with `lead`, named `reference`."""
+    device, dtype = lead.device, lead.dtype
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         check_tensor(op, name, tensor)
-        check_device(op, name, tensor, lead.device, reference)
-        check_dtype(op, name, tensor, (lead.dtype,), f"the dtype of {reference}")
+        if tensor.device != device:
+            check_device(op, name, tensor, device, reference)
+        if tensor.dtype != dtype:
+            check_dtype(op, name, tensor, (dtype,), f"the dtype of {reference}")
+
+
+def check_wide(op: str, tensors: dict[str, Tensor | None], reference: str, lead: Tensor) -> None:
+    """Raise unless every given tensor is on the device of `lead`, named `reference`, in its `state_dtype`."""
+    device, wide = lead.device, state_dtype(lead.dtype)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_device(op, name, tensor, device, reference)
+            if tensor.dtype != wide:
+                check_dtype(op, name, tensor, (wide,), f"with {reference} in {dtype_name(lead.dtype)}")
 
 
 def check_flags(op: str, **flags: object) -> None:
@@ -85,9 +104,18 @@ def check_d_state(op: str, A: Tensor) -> int:
     return d_state
 
 
+def recording(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether gradients are recorded and any of `tensors` requires one."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def check_no_gradient(op: str, tensors: Iterable[Tensor | None]) -> None:
     """Raise RuntimeError where gradients are recorded and any of `tensors` requires one; `op` ends in "_"."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if recording(tensors):
         raise RuntimeError(
             f"{op} works in place and records no gradients; call it under torch.no_grad(), or "
             f"{op.removesuffix('_')}"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ssm_modal.kernels.checks import recording
+
 NAMESPACE = "ssm_modal"
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -23,9 +25,10 @@ def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
-    if any(t is not None and type(t) not in _PLAIN for t in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN:
+            return False
+    return not recording(tensors)
 
 
 def without_none(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -26,7 +26,12 @@ SUPPORT: dict[str, tuple[str, ...]] = {
     "lti_scan": ("torch",),
     "causal_conv1d": ("triton", "cpu", "torch"),
     "rms_norm": ("triton", "torch"),
+    "selective_scan_step": ("triton", "torch"),
+    "causal_conv1d_step": ("triton", "torch"),
 }
+
+# Backends that record no gradients, and so serve only where none are recorded.
+WITHOUT_GRADIENTS = {("selective_scan_step", "triton"), ("causal_conv1d_step", "triton")}
 
 
 class BackendError(RuntimeError):
@@ -111,18 +116,23 @@ def explain(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
+    gradients: bool = False,
 ) -> Choice:
-    """Which backend would serve `op` on `device` with `dtype`, and why.
+    """Which backend would serve `op` on `device` with `dtype`, and why; `gradients`: if they are recorded.
 
     Raises ValueError for an unknown op or backend name and BackendError for a backend that cannot serve.
     """
     if op not in SUPPORT:
         raise ValueError(f"op is {op!r}, expected one of {', '.join(SUPPORT)}")
-    device = torch.device(device)
-    asked, source = _asked(backend)
+    return _explain(op, torch.device(device), dtype, *_asked(backend), gradients)
+
+
+def _explain(
+    op: str, device: torch.device, dtype: torch.dtype, asked: str | None, source: str, gradients: bool
+) -> Choice:
     if asked is not None:
         _check_name(asked)
-        reason = why_not(op, asked, device, dtype)
+        reason = _no_gradients(op, asked, gradients) or why_not(op, asked, device, dtype)
         if reason is not None:
             raise BackendError(f"{op}: backend {asked!r} ({source}) cannot serve: {reason}")
         return Choice(asked, f"asked for by {source}")
@@ -132,7 +142,7 @@ def explain(
         reason = (
             "interpreted Triton serves only when asked for"
             if candidate == "triton" and device.type == "cpu" and interpreting()
-            else why_not(op, candidate, device, dtype)
+            else _no_gradients(op, candidate, gradients) or why_not(op, candidate, device, dtype)
         )
         if reason is None:
             return Choice(candidate, "; ".join(refused) or f"first choice on {device.type}")
@@ -140,9 +150,38 @@ def explain(
     raise AssertionError("unreachable: backend 'torch' serves every op")
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+def _no_gradients(op: str, backend: str, gradients: bool) -> str | None:
+    if gradients and (op, backend) in WITHOUT_GRADIENTS:
+        return f"gradients are recorded, which the {backend} form of {op} does not do; backend 'torch' does"
+    return None
+
+
+def resolve(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    gradients: bool = False,
+) -> str:
     """The name of the backend alone. Under torch.compile it is settled while the graph is traced."""
-    return explain(op, device=device, dtype=dtype, backend=backend).backend
+    if device.type != "cuda":
+        return explain(op, device=device, dtype=dtype, backend=backend, gradients=gradients).backend
+    # On a GPU the answer hangs on nothing but these, and a call has no microseconds to lose.
+    asked, source = _asked(backend)
+    return _on_cuda(op, device, dtype, asked, source, gradients, interpreting())
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_cuda(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    asked: str | None,
+    source: str,
+    gradients: bool,
+    interpreted: bool,
+) -> str:
+    return _explain(op, device, dtype, asked, source, gradients).backend
 
 
 # What `torch.compiler.assume_constant_result` does, without its import of torch._dynamo: dynamo calls the

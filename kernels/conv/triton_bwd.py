@@ -3,9 +3,9 @@
 With g_s = dL/d(sum before SiLU at s), which takes x around s and dout at s, the gradient of the input at e is
 sum_j g_{e + j} weight[:, d_conv - 1 - j], and its share of a tap's gradient x_e g_{e + j}. So a program runs
 d_conv - 1 steps ahead of the inputs it owns: it computes those g that its neighbour needs too, and each input
-belongs to one program alone. Memory bound: it reads x and dout and writes dx once, 6 bytes an element in bf16,
-and a row of partial sums of the taps and the bias for each chunk, added up afterwards in a fixed order: two
-runs agree to the bit.
+belongs to one program alone. Memory bound: it reads x and dout and writes dx once, 6 bytes an element in
+bf16, and a row of partial sums of the taps and the bias for each chunk, added up afterwards in a fixed order:
+two runs agree to the bit.
 """
 
 # mypy: ignore-errors
@@ -31,11 +31,11 @@ from ssm_modal.kernels.conv.triton_common import (
     in_scan_order,
     parameters,
     plan,
-    sigmoid,
     span,
     window_before,
 )
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.triton_math import sigmoid
 from ssm_modal.kernels.triton_sums import column_sums
 
 

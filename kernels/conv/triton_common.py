@@ -2,10 +2,10 @@
 
 One program takes one block of channels (across lanes, several neighbouring ones a thread, so that a load is
 up to 16 bytes) through one chunk of steps in scan order. The d_conv weights, the last d_conv inputs and,
-backward, the last d_conv gradients stay in registers: every input is read once. No chunk crosses the border of
-a sequence, so the inner loop knows nothing of packing; going backwards in time is a negative stride. The loads
-of UNROLL steps are issued before the first of them is used: the warps of a multiprocessor together keep more
-bytes under way than the memory's latency takes.
+backward, the last d_conv gradients stay in registers: every input is read once. No chunk crosses the border
+of a sequence, so the inner loop knows nothing of packing; going backwards in time is a negative stride. The
+loads of UNROLL steps are issued before the first of them is used: the warps of a multiprocessor together keep
+more bytes under way than the memory's latency takes.
 
 Within a sequence, s counts steps in scan order; inputs at s = -(d_conv - 1) ... -1 are the initial state.
 """
@@ -16,36 +16,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.conv.launch import MAX_D_CONV, ConvLaunch
-from ssm_modal.kernels.dispatch import interpreting
 from ssm_modal.kernels.sequences import Sequences
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-# Triton's exp2 and division scale their arguments round subnormal numbers, a third of the forward's
-# instructions; a sigmoid has no use for them. The interpreter and other makes of GPU have no such assembly.
-NVIDIA = tl.constexpr(not interpreting() and torch.version.hip is None)
-
-
-@triton.jit
-def sigmoid(y):
-    e = y * -LOG2E
-    if NVIDIA:
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
-            "=f,f",
-            [e],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return 1.0 / (1.0 + tl.exp2(e))
 
 
 @triton.jit

@@ -26,11 +26,11 @@ from ssm_modal.kernels.conv.triton_common import (
     in_scan_order,
     parameters,
     plan,
-    sigmoid,
     span,
     window_before,
 )
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.triton_math import sigmoid
 
 
 @triton.jit(do_not_specialize=["length", "n_chunks"])

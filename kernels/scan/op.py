@@ -9,12 +9,11 @@ from torch import Tensor
 from ssm_modal.kernels.checks import (
     FLOATING,
     check_d_state,
-    check_device,
     check_dtype,
     check_flags,
     check_same,
     check_shape,
-    state_dtype,
+    check_wide,
 )
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.scan.custom_op import scan
@@ -162,19 +161,18 @@ def check_scan(
     """Check every argument; returns B and C as (batch, length, groups, d_state), and the sequences."""
     check_shape(OP, "u", u, ("batch", "length", "d_inner"), "(batch, length, d_inner)")
     check_dtype(OP, "u", u, FLOATING)
-    batch, length, d_inner = u.shape
-    wide = state_dtype(u.dtype)
-    beside = f"with u in {str(u.dtype).removeprefix('torch.')}"
+    batch, length, d_inner = shape = u.shape
 
     check_shape(OP, "A", A, (d_inner, "d_state"), "(d_inner, d_state)")
     if A.is_complex():
         raise TypeError(f"{OP}: A is complex, expected a real diagonal; for complex states use lti_scan")
     d_state = check_d_state(OP, A)
 
-    for name, x in (("delta", delta), ("z", z)):
-        if x is not None:
-            check_shape(OP, name, x, (batch, length, d_inner), "(batch, length, d_inner), the shape of u")
-    B, C = (_canonical(name, m, batch, length, d_inner, d_state) for name, m in (("B", B), ("C", C)))
+    check_shape(OP, "delta", delta, shape, "(batch, length, d_inner), the shape of u")
+    if z is not None:
+        check_shape(OP, "z", z, shape, "(batch, length, d_inner), the shape of u")
+    B = _canonical("B", B, batch, length, d_inner, d_state)
+    C = _canonical("C", C, batch, length, d_inner, d_state)
     if B.shape != C.shape:
         raise ValueError(f"{OP}: B has {B.shape[2]} groups and C has {C.shape[2]}, expected the same number")
     check_same(OP, {"delta": delta, "B": B, "C": C, "z": z}, "u", u)
@@ -183,13 +181,12 @@ def check_scan(
     if initial_state is not None:
         meaning = f"({axis}, d_inner, d_state)"
         check_shape(OP, "initial_state", initial_state, (rows, d_inner, d_state), meaning)
-    for name, p in (("D", D), ("delta_bias", delta_bias)):
-        if p is not None:
-            check_shape(OP, name, p, (d_inner,), "(d_inner,)")
-    for name, p in (("A", A), ("D", D), ("delta_bias", delta_bias), ("initial_state", initial_state)):
-        if p is not None:
-            check_device(OP, name, p, u.device, "u")
-            check_dtype(OP, name, p, (wide,), beside)
+    if D is not None:
+        check_shape(OP, "D", D, (d_inner,), "(d_inner,)")
+    if delta_bias is not None:
+        check_shape(OP, "delta_bias", delta_bias, (d_inner,), "(d_inner,)")
+    wide = {"A": A, "D": D, "delta_bias": delta_bias, "initial_state": initial_state}
+    check_wide(OP, wide, "u", u)
     return B, C, seqs
 
 

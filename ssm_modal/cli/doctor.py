@@ -23,12 +23,14 @@ import ssm_modal
 from ssm_modal.kernels import (
     causal_conv1d,
     causal_conv1d_ref,
+    causal_conv1d_step,
     lti_scan,
     lti_scan_ref,
     rms_norm,
     rms_norm_ref,
     selective_scan,
     selective_scan_ref,
+    selective_scan_step,
 )
 from ssm_modal.kernels.dispatch import SUPPORT, explain, triton_installed
 
@@ -196,7 +198,7 @@ def _backends(devices: list[torch.device], findings: Findings, *, check: bool) -
         for op in SUPPORT:
             for dtype in DTYPES:
                 name = str(dtype).removeprefix("torch.")
-                line = f"{device.type:<5} {op:<15} {name:<9}"
+                line = f"{device.type:<5} {op:<19} {name:<9}"
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")
@@ -293,9 +295,33 @@ def _norm(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, ref
 
 
+def _scan_step(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    u, z, B, C = (_draw(2, n, seed=s).to(dtype) for s, n in ((0, 8), (1, 8), (2, 5), (3, 5)))
+    delta = torch.nn.functional.softplus(_draw(2, 8, seed=4)).to(dtype)
+    A, state = -torch.exp(_draw(8, 5, seed=5)).to(wide), _draw(2, 8, 5, seed=6).to(wide)
+    out, _ = selective_scan_step(*(t.to(device) for t in (u, delta, A, B, C, state)), z=z.to(device))
+    one = [t.double().unsqueeze(1) for t in (u, delta, B, C, z)]
+    ref = selective_scan_ref(one[0], one[1], A.double(), *one[2:4], z=one[4], initial_state=state.double())
+    assert isinstance(ref, Tensor)
+    return out, ref[:, 0]
+
+
+def _conv_step(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shapes = ((2, 8), (8, 4), (8,), (2, 8, 3))
+    x, weight, bias, state = (_draw(*shape, seed=s).to(dtype) for s, shape in enumerate(shapes))
+    out, _ = causal_conv1d_step(*(t.to(device) for t in (x, weight, bias, state)), activation="silu")
+    wide = [t.double() for t in (x.unsqueeze(1), weight, bias)]
+    ref = causal_conv1d_ref(*wide, activation="silu", initial_state=state.double())
+    assert isinstance(ref, Tensor)
+    return out, ref[:, 0]
+
+
 CHECKS: dict[str, Callable[[torch.device, torch.dtype], tuple[Tensor, Tensor]]] = {
     "selective_scan": _scan,
     "lti_scan": _lti,
     "causal_conv1d": _conv,
     "rms_norm": _norm,
+    "selective_scan_step": _scan_step,
+    "causal_conv1d_step": _conv_step,
 }
