@@ -51,7 +51,7 @@ class MaskedLM(nn.Module):
 class Job:
     """What is trained, and how its loss is taken."""
 
-    model: nn.Module
+    model: MaskedLM | CausalLM
     vocab_size: int
     bidirectional: bool
     segment: int
@@ -75,7 +75,6 @@ class Job:
                 self.model.head, self.model.parameters(), hidden, labels, chunk=chunk
             )
         else:
-            assert isinstance(self.model, CausalLM)
             total, count = long_token_loss(self.model, ids, labels, segment=segment, chunk=chunk)
         return total / count
 
@@ -100,13 +99,14 @@ def build(options: argparse.Namespace, device: torch.device) -> Job:
         gradient_checkpointing=options.recompute,
     )
     with torch.device(device):
-        model: nn.Module = (
+        model = (
             MaskedLM(options.vocab, backbone)
             if options.bidirectional
             else CausalLM(CausalLMConfig(vocab_size=options.vocab, backbone=backbone))
         )
     chunk = options.chunk or default_chunk(options.vocab, device)
-    return Job(model.train(), options.vocab, options.bidirectional, options.segment, chunk)
+    model.train()
+    return Job(model, options.vocab, options.bidirectional, options.segment, chunk)
 
 
 def worst_difference(job: Job, device: torch.device) -> tuple[str, float]:
@@ -135,8 +135,9 @@ def estimate(job: Job, length: int, narrow: bool, recompute: bool) -> dict[str, 
     and the scan's output (d_inner each), dt, B and C; and of the scan's states at its chunks' borders d_inner
     bytes.
     """
-    config = job.model.backbone.config  # type: ignore[union-attr]
+    config = job.model.backbone.config
     mixer = config.mixer_of(0)
+    assert isinstance(mixer, MambaConfig)
     d_model, layers = config.d_model, config.n_layers
     d_inner = mixer.expand * d_model
     directions = 2 if job.bidirectional else 1

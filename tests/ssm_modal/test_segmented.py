@@ -289,7 +289,7 @@ def test_the_backend_chosen_around_the_forward_serves_the_backward_too(
 # ---------------------------------------------------------------------- memory
 
 
-def saved_bytes(lm: Any, length: int, segment: int | None) -> int:
+def saved_bytes(lm: Any, length: int, segment: int | None, seqs: Sequences | None = None) -> int:
     """Bytes that autograd keeps between forward and backward, beside the parameters."""
     ids, labels = batch(length, rows=1)
     known = {p.data_ptr() for p in lm.parameters()}
@@ -307,7 +307,7 @@ def saved_bytes(lm: Any, length: int, segment: int | None) -> int:
             plain_loss(lm, ids, labels)
         else:
             head = lambda hidden, own: plain(lm, hidden, own.inputs[1])  # noqa: E731
-            sum_over_segments(body_of(lm), head, (ids, labels), lm.parameters(), segment)
+            sum_over_segments(body_of(lm), head, (ids, labels), lm.parameters(), segment, seqs=seqs)
     return total
 
 
@@ -320,6 +320,8 @@ def test_what_is_kept_is_states_and_ids(name: str) -> None:
     # Seven boundaries have a state; ids and labels are given anyway.
     assert 7 * state <= later <= 7 * state + 2 * 512 * 8
     assert later < whole / 10
+    # Packed, a segment's state has a row a sequence; the one row that goes on is kept, and not a view of all.
+    assert saved_bytes(lm, 512, 64, Sequences.from_lengths([30] * 17 + [2])) == later
 
 
 def test_ahead_keeps_the_gradients_alone() -> None:
