@@ -1,27 +1,36 @@
-"""The Triton selective scan on one NVIDIA GPU: checked on a slice first, then timed.
+"""Launches of the Triton selective scan on one NVIDIA GPU: the shipped one, and others beside it.
 
-    python -m benchmarks.bench_scan [--only L8192] [--sweep] [--repeats 10]
+    python -m benchmarks.bench_scan --only L8192
+    python -m benchmarks.bench_scan --only "L8192 N16" --sweep
+    python -m benchmarks.bench_scan --only "L8192 N16" --sweep bwd_warps=1,2,4 bwd_steps=1,2
 
-`--sweep` times other launches of the same kernels beside the shipped one, at the shapes `--only` leaves.
-Medians over repeats, by CUDA events, of the kernels alone (`selective_scan_fwd`, `selective_scan_bwd`).
+The kernels alone (`selective_scan_fwd`, `selective_scan_bwd`) are timed, by CUDA events, in turn. A bare
+`--sweep` varies every field of the launch, one at a time; `FIELD=V,V` tries those values, all combinations of
+several fields. A launch that does not compile, or whose results are wrong on a small problem, has no times.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import ast
+import dataclasses
+import itertools
 import sys
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import relative_error
-from ssm_modal.kernels.dispatch import why_not
-from ssm_modal.kernels.scan.launch import ScanLaunch, scan_launch
-from ssm_modal.kernels.scan.ref import selective_scan_ref
+from benchmarks.harness import Check, Options, Report, Unavailable
+from benchmarks.inputs import ScanInputs, scan_inputs
+from benchmarks.output import report_lines
+from benchmarks.reference import ScanReference, scan_reference
+from benchmarks.scan import FORWARD, TRAINING
+from benchmarks.timing import Candidate, free, measure
+from ssm_modal.kernels.scan.launch import scan_launch
 
 # (batch, d_inner, length, d_state).
 SHAPES = (
@@ -33,143 +42,172 @@ SHAPES = (
     (8, 2048, 8192, 64),
     (1, 4096, 1048576, 16),
 )
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-# ||value - reference|| / ||reference|| of bf16 outputs, of gradients in bf16.
-OUTPUT, GRADIENT = 4e-3, 8e-3
+SMALL = (2, 96, 700)  # batch, d_inner, length of the problem that every launch is checked on
+SHIPPED = "shipped"
 
-Inputs = tuple[Tensor, ...]
-
-
-def inputs(batch: int, d_inner: int, length: int, d_state: int) -> Inputs:
-    """u, delta, A, B, C, D, z, delta_bias with step sizes from 0.001 to 0.1, as Mamba starts."""
-    half = {"device": "cuda", "dtype": torch.bfloat16}
-    dt = torch.exp(torch.empty(d_inner, device="cuda").uniform_(-6.9, -2.3))
-    return (
-        torch.randn(batch, length, d_inner, **half),
-        torch.randn(batch, length, d_inner, **half),
-        -torch.arange(1, d_state + 1, device="cuda", dtype=torch.float32).repeat(d_inner, 1),
-        torch.randn(batch, length, 1, d_state, **half),
-        torch.randn(batch, length, 1, d_state, **half),
-        torch.ones(d_inner, device="cuda"),
-        torch.randn(batch, length, d_inner, **half),
-        torch.log(torch.expm1(dt)),
-    )
+Launch = Any  # a frozen dataclass of launch.py; which fields it has is that module's affair
 
 
-def forward(x: Inputs, launch: ScanLaunch | None) -> tuple[Tensor, Tensor, Tensor]:
-    """out, final state, saved states."""
+def launch_of(x: ScanInputs) -> Launch:
+    """The launch that the table gives for `x`."""
+    batch, length, d_inner = x.u.shape
+    return scan_launch(batch, length, d_inner, 1, x.A.shape[1], x.u.device)
+
+
+def forward(x: ScanInputs, launch: Launch) -> tuple[Tensor, Tensor]:
+    """The output, and the states saved for the backward."""
     from ssm_modal.kernels.scan.triton_fwd import selective_scan_fwd
 
-    return selective_scan_fwd(*x, True, None, None, False, launch=launch)
+    arguments: Any = (*_arguments(x), True, None, None, False)
+    out, _, states = selective_scan_fwd(*arguments, launch=launch)
+    return out, states
 
 
-def backward(x: Inputs, dout: Tensor, states: Tensor, launch: ScanLaunch | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight inputs, and None for the initial state."""
+def training(x: ScanInputs, launch: Launch) -> tuple[Tensor, ...]:
+    """The output and the gradients of the eight inputs."""
     from ssm_modal.kernels.scan.triton_bwd import selective_scan_bwd
 
-    return selective_scan_bwd(dout, None, *x, True, None, None, False, states, launch=launch)
+    out, states = forward(x, launch)
+    arguments: Any = (x.dout, None, *_arguments(x), True, None, None, False, states)
+    grads: Any = selective_scan_bwd(*arguments, launch=launch)
+    return out, *(_alone(g) for g in grads[:8])
 
 
-def worst_error(launch: ScanLaunch | None, d_state: int) -> tuple[str, float]:
-    """The comparison furthest from its limit, as its name and error / limit, on B2 D96 L700, in fp64."""
-    x = inputs(2, 96, 700, d_state)
-    wide = [t.double().requires_grad_() for t in x]
-    u, delta, A, B, C, D, z, bias = wide
-    ref = selective_scan_ref(u, delta, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True)
-    dout = torch.randn_like(x[0])
-    ref_grads = torch.autograd.grad(ref, wide, dout.double())
-    out, _, states = forward(x, launch)
-    found = backward(x, dout, states, launch)
-    errors = {"out": relative_error(out, ref) / OUTPUT}
-    for name, grad, right in zip(NAMES, found, ref_grads):
-        errors[f"d{name}"] = relative_error(grad, right) / GRADIENT
-    name = max(errors, key=errors.__getitem__)
-    return name, errors[name]
+def _arguments(x: ScanInputs) -> tuple[Tensor, ...]:
+    """The eight inputs, B and C with an axis of one group."""
+    return tuple(t.unsqueeze(2) if t is x.B or t is x.C else t for t in x.given)
 
 
-def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` calls after one to warm up (and compile)."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def _alone(t: Tensor) -> Tensor:
+    return t.squeeze(2) if t.ndim == 4 else t
 
 
-def sweep(shipped: ScanLaunch) -> list[tuple[str, ScanLaunch]]:
-    """The shipped launch and variants of it, by name."""
-    found = [("shipped", shipped)]
-    for serial, registers in product((False, True), (64, 96, 128, None)):
-        variant = replace(shipped, serial=serial, fwd_registers=registers, serial_registers=registers)
-        found.append((f"serial {serial} registers {registers}", variant))
-    for chunk in (32, 128, 256):
-        found.append((f"chunk size {chunk}", replace(shipped, chunk_size=chunk)))
-    blocks = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4))
-    for (block, warps), steps in product(blocks, (1, 2, 4)):
-        variant = replace(shipped, bwd_block=block, bwd_warps=warps, bwd_steps=steps)
-        found.append((f"bwd block {block} warps {warps} steps {steps}", variant))
-    for splits in (1, 2, 4, 8, 16):
-        found.append((f"bwd splits {splits}", replace(shipped, bwd_splits=splits)))
+def parse_sweep(words: Sequence[str], shipped: Launch) -> dict[str, list[object]]:
+    """`FIELD=V,V` words as candidates by field: numbers, True, False or None.
+
+    Raises ValueError for a field that the launch has not, naming those it has, and for no value.
+    """
+    fields = [field.name for field in dataclasses.fields(shipped)]
+    found: dict[str, list[object]] = {}
+    for word in words:
+        name, _, values = word.partition("=")
+        if name not in fields:
+            raise ValueError(f"--sweep {word!r}: a launch has no field {name!r}; it has {', '.join(fields)}")
+        try:
+            found[name] = [ast.literal_eval(value) for value in values.split(",")]
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(
+                f"--sweep {word!r}: expected {name}=V,V with numbers, True, False or None"
+            ) from error
     return found
 
 
-def report(label: str, x: Inputs, dout: Tensor, launch: ScanLaunch | None, repeats: int) -> None:
-    """One line: forward, backward and both in ms, with the peak memory in GiB."""
-    torch.cuda.reset_peak_memory_stats()
-    ahead = milliseconds(lambda: forward(x, launch), repeats)
-    states = forward(x, launch)[2]
-    back = milliseconds(lambda: backward(x, dout, states, launch), repeats)
-    print(
-        f"{label:36s} fwd {ahead:9.3f} ms  bwd {back:9.3f} ms  fwd+bwd {ahead + back:9.3f} ms  "
-        f"peak {torch.cuda.max_memory_allocated() / 2**30:6.2f} GiB",
-        flush=True,
-    )
+def variants(shipped: Launch, given: dict[str, list[object]]) -> Iterator[tuple[str, Launch]]:
+    """Launches beside the shipped one, by name: all combinations of `given`, or, without, each field doubled,
+    halved or turned over alone."""
+    if given:
+        for values in itertools.product(*given.values()):
+            changes = dict(zip(given, values))
+            variant = dataclasses.replace(shipped, **changes)
+            if variant != shipped:
+                yield " ".join(f"{name}={value}" for name, value in changes.items()), variant
+        return
+    for field in dataclasses.fields(shipped):
+        value = getattr(shipped, field.name)
+        for other in _neighbours(value):
+            yield f"{field.name}={other}", dataclasses.replace(shipped, **{field.name: other})
+
+
+def _neighbours(value: object) -> list[object]:
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [n for n in (value // 2, 2 * value) if n > 0]
+    return []
+
+
+@dataclass(frozen=True)
+class Small:
+    """The problem that every launch is checked on, with its fp64 reference; one for each d_state."""
+
+    x: ScanInputs
+    reference: ScanReference
+
+    @classmethod
+    def of(cls, d_state: int, options: Options) -> Small:
+        batch, d_inner, length, d_state = options.shrink(*SMALL, d_state)
+        x = scan_inputs(batch, d_inner, length, d_state, device=options.device, dtype=torch.bfloat16)
+        return cls(x, scan_reference(x))
+
+    def checks(self, launch: Launch, result: object = None) -> list[Check]:
+        """Of `launch` on the small problem, whatever its `result` on the timed one."""
+        return self.reference.checks(training(self.x, launch))
+
+
+def compare(
+    shape: Sequence[int], words: Sequence[str] | None, options: Options, only_backward: bool = False
+) -> Report:
+    """The shipped launch at `shape`, and with `words` others, forward and forward + backward."""
+    x = scan_inputs(*options.shrink(*shape), device=options.device, dtype=torch.bfloat16)
+    shipped = launch_of(x)
+    small = Small.of(shape[3], options)
+    launches = {SHIPPED: shipped}
+    if words is not None:
+        launches |= dict(variants(shipped, parse_sweep(words, shipped)))
+    report = Report("bench_scan", x.shape, SHIPPED)
+    report.notes.append(f"shipped: {shipped}")
+
+    def ways(run: Callable[[ScanInputs, Launch], object], gradients: bool) -> Iterator[Candidate]:
+        def held() -> tuple[Tensor, ...]:
+            return (*x.given, x.dout) if gradients else x.given
+
+        for name, launch in launches.items():
+            yield Candidate(name, partial(run, x, launch), partial(small.checks, launch), held)
+
+    if not only_backward:
+        measure(report, FORWARD, ways(forward, False), options, options.device)
+    measure(report, TRAINING, ways(training, True), options, options.device, memory=True)
+    return report
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, then time; exit status 1 where a check fails or there is no GPU."""
+    """Check, then time; exit status 1 where a check of the shipped launch fails or there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_scan", description=main.__doc__)
     parser.add_argument("--only", default="", help="only shapes with this in their name, such as L8192")
-    parser.add_argument("--sweep", action="store_true", help="time other launches too")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls a line")
+    parser.add_argument(
+        "--sweep",
+        nargs="*",
+        metavar="FIELD=V,V",
+        help="time other launches too; bare: each field's neighbours",
+    )
+    parser.add_argument("--backward", action="store_true", help="leave the forward alone out")
+    parser.add_argument("--repeats", type=int, default=10, help="rounds (default 10)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="rounds of one shape end after this long")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="cut every size to almost nothing: does it run?")
     args = parser.parse_args(argv)
-    reason = "there is no NVIDIA GPU" if not torch.cuda.is_available() else None
-    reason = reason or why_not("selective_scan", "triton", torch.device("cuda"), torch.bfloat16)
-    if reason is not None:
-        print(f"bench_scan cannot run: {reason}", file=sys.stderr)
+    options = Options(
+        args.repeats, args.repeats, args.seconds, device=torch.device(args.device), tiny=args.tiny
+    )
+    try:
+        options.need()
+    except Unavailable as why:
+        print(f"bench_scan cannot run: {why}", file=sys.stderr)
         return 1
-    torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for d_state in (16, 64):
-        for serial in (None, False, True):
-            launch = scan_launch(2, 700, 96, 1, d_state, torch.device("cuda"))
-            launch = launch if serial is None else replace(launch, serial=serial)
-            name, error = worst_error(launch, d_state)
-            print(f"check N{d_state} serial {launch.serial}: {name} at {error:.2f} of its limit")
-            if not error <= 1.0:
-                return 1
-    for shape in SHAPES:
-        batch, d_inner, length, d_state = shape
-        label = f"B{batch} D{d_inner} L{length} N{d_state} bf16"
-        if args.only not in label:
-            continue
+    named = {"B{} D{} L{} N{}".format(*shape): shape for shape in SHAPES}
+    shapes = [shape for name, shape in named.items() if args.only in name]
+    if not shapes:
+        parser.error(f"--only {args.only!r} is in no shape's name; there are {', '.join(named)}")
+    fine = True
+    for shape in shapes:
         try:
-            x = inputs(*shape)
-            dout = torch.randn_like(x[0])
-            shipped = scan_launch(batch, length, d_inner, 1, d_state, torch.device("cuda"))
-            report(label, x, dout, shipped, args.repeats)
-            for name, launch in sweep(shipped) if args.sweep else []:
-                report(f"  {name}", x, dout, launch, max(3, args.repeats // 3))
-        except torch.cuda.OutOfMemoryError as error:
-            print(f"{label}: out of memory ({str(error).splitlines()[0]})")
-        x = dout = None
-        torch.cuda.empty_cache()
-    return 0
+            report = compare(shape, args.sweep, options, args.backward)
+        except ValueError as error:
+            parser.error(str(error))
+        print("\n".join(report_lines(report)) + "\n", flush=True)
+        fine = fine and report.correct
+        free(options.device)
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":

@@ -8,17 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Bar, Check, Options, Report, Unavailable, case, relative_error, time_in_turn
+from benchmarks import peers
+from benchmarks.harness import Bar, Check, Options, Report, Unavailable, case, relative_error
 from benchmarks.inputs import GRADIENTS, ScanInputs, reference_gradients, reference_output, scan_inputs
+from benchmarks.ops import leaf
+from benchmarks.reference import run_scan
+from benchmarks.timing import Candidate, measure
 from ssm_modal.kernels.conv import causal_conv1d
 from ssm_modal.kernels.cpu.loader import why_unavailable
-from ssm_modal.kernels.scan import selective_scan
 
 CPU = torch.device("cpu")
 OURS = "ssm_modal, backend cpu"
-LOOP = "plain loop, exp(dt A) and dt B u given"
-LOOP_WHOLE = "plain loop, these two computed first"
+LOOP = "plain loop, decays given"
+LOOP_WHOLE = "plain loop"
 PSCAN = "mambapy parallel scan"
+FORWARD, TRAINING = "forward", "forward + backward"
+OUTPUT, GRADIENT = 1e-5, 1e-4
 
 
 def _need_compiled() -> None:
@@ -27,9 +32,8 @@ def _need_compiled() -> None:
         raise Unavailable(reason)
 
 
-def _ours(x: ScanInputs, given: tuple[Tensor, ...] | None = None) -> Tensor:
-    u, delta, A, B, C, D, z, bias = given or (x.u, x.delta, x.A, x.B, x.C, x.D, x.z, x.delta_bias)
-    return selective_scan(u, delta, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True, backend="cpu")
+def _sizes(options: Options, *sizes: int) -> ScanInputs:
+    return scan_inputs(*options.shrink(*sizes), device=CPU, dtype=torch.float32)
 
 
 def _discretised(x: ScanInputs) -> tuple[Tensor, Tensor]:
@@ -50,161 +54,123 @@ def _loop(x: ScanInputs, decay: Tensor, added: Tensor) -> Tensor:
     return (torch.stack(ys, dim=1) + x.D * x.u) * F.silu(x.z)
 
 
-def _pscan() -> Callable[[Tensor, Tensor], Tensor]:
-    try:
-        from mambapy.pscan import pscan
-    except ImportError as error:
-        raise Unavailable("mambapy is not installed (pip install mambapy)") from error
-    return pscan
+def _close(
+    names: tuple[str, ...], right: tuple[Tensor, ...], limit: float
+) -> Callable[[object], list[Check]]:
+    def verify(result: object) -> list[Check]:
+        found: tuple[Tensor, ...] = (result,) if isinstance(result, Tensor) else tuple(result)  # type: ignore[arg-type]
+        return [Check(n, relative_error(v, r), limit) for n, v, r in zip(names, found, right)]
+
+    return verify
 
 
-def _mambapy(pscan: Callable[[Tensor, Tensor], Tensor], given: tuple[Tensor, ...]) -> Tensor:
-    """MambaBlock.selective_scan of mambapy on our names, with the step size and the gate around it."""
-    u, delta, A, B, C, D, z, bias = given
-    dt = F.softplus(delta + bias)
-    decay = torch.exp(dt.unsqueeze(-1) * A)
-    added = (dt.unsqueeze(-1) * B.unsqueeze(2)) * u.unsqueeze(-1)
-    h = pscan(decay, added)
-    y = (h @ C.unsqueeze(-1)).squeeze(3)
-    return (y + D * u) * F.silu(z)
-
-
-@case
+@case(on="cpu", seconds=20.0)
 def cpu_scan_forward(options: Options) -> Report:
     """Selective scan forward, B1 D1536 L2048 N16 fp32, beside a plain loop over time."""
     _need_compiled()
-    x = scan_inputs(1, 1536, 2048, 16, CPU, torch.float32)
-    report = Report("cpu_scan_forward", x.shape, OURS, bars=(Bar(LOOP_WHOLE, 30.0),))
+    x = _sizes(options, 1, 1536, 2048, 16)
+    report = Report("cpu_scan_forward", x.shape, OURS, bars=options.bars(Bar(FORWARD, 1 / 30, LOOP_WHOLE)))
     with torch.no_grad():
-        reference = reference_output(x)
-        report.checks.append(Check("output", relative_error(_ours(x), reference), 1e-5))
-        if not report.correct:
-            return report
+        verify = _close(("output",), (reference_output(x),), OUTPUT)
         decay, added = _discretised(x)
-        report.checks.append(
-            Check("output of the plain loop", relative_error(_loop(x, decay, added), reference), 1e-4)
-        )
-        if not report.correct:
-            return report
-        slow = min(options.repeats, max(options.slow_repeats, 3))
-        report.timings = time_in_turn(
-            {
-                OURS: lambda: _ours(x),
-                LOOP: lambda: _loop(x, decay, added),
-                LOOP_WHOLE: lambda: _loop(x, *_discretised(x)),
-            },
-            {OURS: options.repeats, LOOP: slow, LOOP_WHOLE: slow},
-            CPU,
-        )
+        ways = [
+            Candidate(OURS, lambda: run_scan(x.given, backend="cpu"), verify),
+            Candidate(LOOP, lambda: _loop(x, decay, added), verify, slow=True),
+            Candidate(LOOP_WHOLE, lambda: _loop(x, *_discretised(x)), verify, slow=True),
+        ]
+        measure(report, FORWARD, ways, options, CPU)
     return report
 
 
-@case
+@case(on="cpu", seconds=30.0)
 def cpu_scan_training(options: Options) -> Report:
     """Selective scan forward and backward, B1 D1536 L2048 N16 fp32, beside mambapy's parallel scan."""
     _need_compiled()
-    x = scan_inputs(1, 1536, 2048, 16, CPU, torch.float32)
-    report = Report("cpu_scan_training", x.shape, OURS, bars=(Bar(PSCAN, 30.0),))
-    reference = reference_gradients(x)
+    x = _sizes(options, 1, 1536, 2048, 16)
+    report = Report("cpu_scan_training", x.shape, OURS, bars=options.bars(Bar(TRAINING, 1 / 30, PSCAN)))
+    verify = _close(GRADIENTS, reference_gradients(x), GRADIENT)
     leaves = x.leaves()
 
-    def train_ours() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(_ours(x, leaves), leaves, x.dout)
+    def mambapy() -> Candidate:
+        peers.peer("mambapy.pscan", "pscan")
+        return Candidate(PSCAN, lambda: _gradients(x, leaves, peers.mambapy_scan), verify, slow=True)
 
-    found = train_ours()
-    report.checks += [Check(n, relative_error(g, r), 1e-4) for n, g, r in zip(GRADIENTS, found, reference)]
-    if not report.correct:
-        return report
-    candidates: dict[str, Callable[[], object]] = {OURS: train_ours}
-    try:
-        pscan = _pscan()
-
-        def train_mambapy() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(_mambapy(pscan, leaves), leaves, x.dout)
-
-        worst = max(relative_error(g, r) for g, r in zip(train_mambapy(), reference))
-        if worst > 1e-3:
-            report.notes.append(f"mambapy left out: its gradients are off by {worst:.1e}")
-        else:
-            candidates[PSCAN] = train_mambapy
-    except Unavailable as why:
-        report.notes.append(f"mambapy left out: {why}")
-    report.timings = time_in_turn(candidates, {OURS: options.repeats, PSCAN: options.slow_repeats}, CPU)
+    ways = [Candidate(OURS, lambda: _gradients(x, leaves, _compiled), verify)]
+    ways += peers.offer(report.notes, PSCAN, mambapy)
+    measure(report, TRAINING, ways, options, CPU)
     return report
 
 
-@case
+def _compiled(given: tuple[Tensor, ...]) -> Tensor:
+    return run_scan(given, backend="cpu")
+
+
+def _gradients(x: ScanInputs, leaves: tuple[Tensor, ...], scan: Callable) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(scan(leaves), leaves, x.dout)
+
+
+@case(on="cpu", seconds=10.0)
 def cpu_scan_small(options: Options) -> Report:
     """Selective scan forward and backward, B8 D128 L256 N16 fp32, beside the chunked torch form."""
     _need_compiled()
-    x = scan_inputs(8, 128, 256, 16, CPU, torch.float32)
-    torch_form = "ssm_modal, backend torch"
+    x = _sizes(options, 8, 128, 256, 16)
     report = Report("cpu_scan_small", x.shape, OURS)
-    reference = reference_gradients(x)
+    verify = _close(GRADIENTS, reference_gradients(x), GRADIENT)
     leaves = x.leaves()
-
-    def train(backend: str) -> tuple[Tensor, ...]:
-        u, delta, A, B, C, D, z, bias = leaves
-        out = selective_scan(
-            u, delta, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True, backend=backend
-        )
-        return torch.autograd.grad(out, leaves, x.dout)
-
-    found = train("cpu")
-    report.checks += [Check(n, relative_error(g, r), 1e-4) for n, g, r in zip(GRADIENTS, found, reference)]
-    if report.correct:
-        report.timings = time_in_turn(
-            {OURS: lambda: train("cpu"), torch_form: lambda: train("torch")},
-            {OURS: 4 * options.repeats, torch_form: options.repeats},
-            CPU,
-        )
+    ways = [
+        Candidate(OURS, lambda: _gradients(x, leaves, _compiled), verify),
+        Candidate(
+            "ssm_modal, backend torch",
+            lambda: _gradients(x, leaves, lambda given: run_scan(given, backend="torch")),
+            verify,
+        ),
+    ]
+    measure(report, TRAINING, ways, options, CPU)
     return report
 
 
-@case
+@case(on="cpu", seconds=10.0)
 def cpu_conv(options: Options) -> Report:
     """Causal convolution with SiLU, forward and backward, B1 D1536 L2048 width 4 fp32, beside F.conv1d."""
     _need_compiled()
+    batch, d_inner, length = options.shrink(1, 1536, 2048)
     make = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2048, 1536, generator=make)
-    weight, bias = torch.randn(1536, 4, generator=make) / 2, torch.randn(1536, generator=make)
+    x = torch.randn(batch, length, d_inner, generator=make)
+    weight, bias = torch.randn(d_inner, 4, generator=make) / 2, torch.randn(d_inner, generator=make)
     dout = torch.randn(x.shape, generator=make)
-    native = "F.conv1d + silu, channels first"
-    turned = "F.conv1d + silu, turned to channels last"
-    report = Report("cpu_conv", "B1 D1536 L2048 width 4 float32, forward and backward", OURS)
+    report = Report("cpu_conv", f"B{batch} D{d_inner} L{length} width 4 fp32", OURS)
 
     def padded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = F.conv1d(x, weight.unsqueeze(1), bias, padding=3, groups=weight.shape[0])
         return F.silu(out[..., : x.shape[2]])
 
-    leaves = tuple(t.detach().requires_grad_() for t in (x, weight, bias))
-    first = (x.transpose(1, 2).contiguous().requires_grad_(), *leaves[1:])
+    def train(function: Callable, given: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
+        out = function(*given)
+        return (out.detach(), *torch.autograd.grad(out, given, dout))
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return causal_conv1d(x, weight, bias, activation="silu", backend="cpu")
+
+    def turning(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return padded(x.transpose(1, 2), weight, bias).transpose(1, 2)
+
+    leaves = (leaf(x), leaf(weight), leaf(bias))
+    first = (leaf(x.transpose(1, 2).contiguous()), *leaves[1:])
     dout_first = dout.transpose(1, 2).contiguous()
+    right = train(turning, tuple(leaf(t.double()) for t in leaves), dout.double())
 
-    def ours() -> tuple[Tensor, ...]:
-        out = causal_conv1d(*leaves, activation="silu", backend="cpu")
-        assert isinstance(out, Tensor)
-        return torch.autograd.grad(out, leaves, dout)
+    def verify(result: object) -> list[Check]:
+        checks = _close(("output", "dx", "dweight", "dbias"), right, GRADIENT)(result)
+        return [Check(checks[0].name, checks[0].error, OUTPUT), *checks[1:]]
 
-    def channels_first() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(padded(*first), first, dout_first)
-
-    def channels_last() -> tuple[Tensor, ...]:
-        out = padded(leaves[0].transpose(1, 2), *leaves[1:]).transpose(1, 2)
-        return torch.autograd.grad(out, leaves, dout)
-
-    wide = tuple(t.detach().double().requires_grad_() for t in leaves)
-    reference_out = padded(wide[0].transpose(1, 2), *wide[1:]).transpose(1, 2)
-    reference = torch.autograd.grad(reference_out, wide, dout.double())
-    with torch.no_grad():
-        out = causal_conv1d(*leaves, activation="silu", backend="cpu")
-    assert isinstance(out, Tensor)
-    report.checks.append(Check("output", relative_error(out, reference_out), 1e-5))
-    for name, value, right in zip(("dx", "dweight", "dbias"), ours(), reference):
-        report.checks.append(Check(name, relative_error(value, right), 1e-4))
-    if report.correct:
-        rounds = dict.fromkeys((OURS, native, turned), options.repeats)
-        report.timings = time_in_turn(
-            {OURS: ours, native: channels_first, turned: channels_last}, rounds, CPU
-        )
+    ways = [
+        Candidate(OURS, lambda: train(ours, leaves, dout), verify),
+        Candidate(
+            "F.conv1d + silu, channels first",
+            lambda: train(padded, first, dout_first),
+            lambda result: verify(peers.turned(result)),
+        ),
+        Candidate("F.conv1d + silu, turned", lambda: train(turning, leaves, dout), verify),
+    ]
+    measure(report, TRAINING, ways, options, CPU)
     return report

@@ -1,25 +1,24 @@
-"""What every benchmark shares: checks first, then medians timed in turn, then ratios against bars.
+"""What every benchmark shares: cases, options, and reports whose times exist only behind passed checks.
 
-A case is a function that checks its op against a reference and, only where every check passed, times it
-beside its peers. Candidates are timed in turn, round after round: a machine that slows down slows all.
+A case is a function of `Options` that yields one `Report` or several: it checks what it times against a
+reference in fp64, times it beside its peers (`timing.measure`), and names what is asked for (`Bar`).
 """
 
 from __future__ import annotations
 
-import csv
-import datetime
-import os
-import platform
+import math
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ssm_modal.kernels.dispatch import SUPPORT, why_not
+
+CUDA = torch.device("cuda")
 
 
 class Unavailable(Exception):
@@ -40,79 +39,183 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds of each round."""
+class Figure:
+    """What was measured of `who` for `what`: one sample a round, in `unit` (ms, us, s, GiB)."""
 
-    seconds: tuple[float, ...]
+    what: str
+    who: str
+    samples: tuple[float, ...]
+    unit: str = "ms"
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.samples)
 
     @property
     def best(self) -> float:
-        return min(self.seconds)
+        return min(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The middle half of the samples; of fewer than four, all of them."""
+        if len(self.samples) < 4:
+            return min(self.samples), max(self.samples)
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
 
 
 @dataclass(frozen=True)
 class Bar:
-    """The least ratio of `peer`'s time to ours that is asked for."""
+    """The most that is asked for of our median of `what`: in its unit, or as a share of `beside`'s median."""
 
-    peer: str
-    ratio: float
+    what: str
+    at_most: float
+    beside: str | None = None
 
 
 @dataclass
 class Report:
-    """What a case found. `ours` names the candidate of `timings` that is this project's."""
+    """What a case found. `ours` names this project's entry among the figures; at most one bar a `what`.
+
+    `length`: the length measured, where the case is one of several along it. `rates`: units of work (such as
+    tokens) one call of a `what` gets through, with their name.
+    """
 
     case: str
     shape: str
     ours: str
     checks: list[Check] = field(default_factory=list)
-    timings: dict[str, Timing] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
     bars: tuple[Bar, ...] = ()
     notes: list[str] = field(default_factory=list)
+    length: int | None = None
+    rates: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def correct(self) -> bool:
         return all(check.passed for check in self.checks)
 
-    def ratio(self, peer: str) -> float:
-        """How many times longer `peer` took than ours, by medians."""
-        return self.timings[peer].median / self.timings[self.ours].median
+    def figure(self, what: str, who: str) -> Figure | None:
+        return next((f for f in self.figures if (f.what, f.who) == (what, who)), None)
+
+    def ratio(self, what: str, who: str) -> float:
+        """How many times ours `who` took (or held), by medians; NaN where either is missing."""
+        ours, theirs = self.figure(what, self.ours), self.figure(what, who)
+        if ours is None or theirs is None or ours.median == 0:
+            return math.nan
+        return theirs.median / ours.median
+
+    def bar(self, what: str) -> Bar | None:
+        return next((bar for bar in self.bars if bar.what == what), None)
+
+    def limit(self, bar: Bar) -> float | None:
+        """`bar` in the unit of its figure; None where what it is a share of was not measured."""
+        if bar.beside is None:
+            return bar.at_most
+        peer = self.figure(bar.what, bar.beside)
+        return None if peer is None else bar.at_most * peer.median
 
     def met(self, bar: Bar) -> bool | None:
-        """Whether `bar` is met; None where its peer was not timed."""
-        return None if bar.peer not in self.timings else self.ratio(bar.peer) >= bar.ratio
+        """Whether `bar` is met; None where it cannot be told."""
+        ours, limit = self.figure(bar.what, self.ours), self.limit(bar)
+        return None if ours is None or limit is None else ours.median <= limit
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of every case: rounds of ours, rounds of slow peers."""
+    """What the command line asks of every case.
+
+    repeats, slow_repeats: rounds timed of each candidate, of slow ones. seconds: rounds of one comparison
+    end, after at least one, when all together have taken this long. device: where the cases named for a GPU
+    run. tiny: every size cut to almost nothing and no bars, to see on any machine that a case runs.
+    """
 
     repeats: int = 15
     slow_repeats: int = 3
+    seconds: float = 6.0
+    device: torch.device = CUDA
+    tiny: bool = False
+    quick: bool = False
+
+    def need(self, op: str = "selective_scan", dtype: torch.dtype = torch.bfloat16) -> None:
+        """Raise Unavailable where the cases for a GPU cannot run on `device`."""
+        if self.device.type != "cuda":
+            if not self.tiny:
+                raise Unavailable(f"it is for an NVIDIA GPU, and the device asked for is {self.device}")
+            return
+        if not torch.cuda.is_available():
+            raise Unavailable("it needs an NVIDIA GPU, and there is none")
+        reason = why_not(op, "triton", self.device, dtype) if "triton" in SUPPORT[op] else None
+        if reason is not None:
+            raise Unavailable(reason)
+
+    def backend(self, op: str) -> str | None:
+        """Triton on a GPU, wherever `op` has it; elsewhere the op's own choice."""
+        return "triton" if self.device.type == "cuda" and "triton" in SUPPORT[op] else None
+
+    def shrink(self, *sizes: int) -> tuple[int, ...]:
+        """`sizes` as they are; tiny, (batch, channels, length, states) become at most (2, 8, 40, 4)."""
+        if not self.tiny:
+            return sizes
+        return tuple(min(size, most) for size, most in zip(sizes, (2, 8, 40, 4)))
+
+    def bars(self, *bars: Bar) -> tuple[Bar, ...]:
+        """`bars`, or none where sizes are tiny."""
+        return () if self.tiny else bars
 
 
-Case = Callable[[Options], Report]
+@dataclass(frozen=True)
+class Case:
+    """A named benchmark. on: "cuda" or "cpu". quick: part of `--quick`. seconds: about what it takes, so
+    that a run with little of its budget left does not begin it."""
+
+    name: str
+    function: Callable[[Options], Report | Iterable[Report]]
+    on: str
+    quick: bool
+    seconds: float
+
+    @property
+    def about(self) -> str:
+        return (self.function.__doc__ or "").strip().splitlines()[0]
+
+    def run(self, options: Options) -> Iterator[Report]:
+        found = self.function(options)
+        yield from [found] if isinstance(found, Report) else found
+
+
 CASES: dict[str, Case] = {}
+Function = Callable[[Options], Report | Iterable[Report]]
 
 
-def case(function: Case) -> Case:
-    """Register `function` under its own name."""
-    CASES[function.__name__] = function
-    return function
+def case(*, on: str = "cuda", quick: bool = False, seconds: float = 5.0) -> Callable[[Function], Function]:
+    """Register a function under its own name."""
+
+    def register(function: Function) -> Function:
+        add_case(function.__name__, function, on=on, quick=quick, seconds=seconds)
+        return function
+
+    return register
 
 
-def chosen(only: str | None) -> list[str]:
-    """Names of the cases that `only`, names or beginnings of names joined by commas, picks; all for None."""
+def add_case(name: str, function: Function, *, on: str, quick: bool, seconds: float) -> None:
+    """Register `function` under `name`."""
+    if name in CASES:
+        raise ValueError(f"there is a case {name!r} already")
+    CASES[name] = Case(name, function, on, quick, seconds)
+
+
+def chosen(only: str | None, quick: bool = False) -> list[str]:
+    """Names of the cases that `only` picks: names or beginnings of names joined by commas.
+
+    A whole name picks that case alone. For None all cases, or those of the quick run.
+    """
     if only is None:
-        return list(CASES)
+        return [name for name, case in CASES.items() if case.quick or not quick]
     picked: list[str] = []
-    for word in only.split(","):
-        found = [name for name in CASES if name.startswith(word.strip())]
-        if not found or not word.strip():
+    for word in (word.strip() for word in only.split(",")):
+        found = [word] if word in CASES else [name for name in CASES if name.startswith(word)]
+        if not found or not word:
             raise ValueError(f"--only {word!r} picks no case; there are {', '.join(CASES)}")
         picked += [name for name in found if name not in picked]
     return picked
@@ -122,170 +225,65 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference|| in fp64; infinite where value is not finite."""
     value, reference = value.detach().double(), reference.detach().double()
     if value.shape != reference.shape or not torch.isfinite(value).all():
-        return float("inf")
+        return math.inf
     size = float(torch.linalg.vector_norm(reference))
     return float(torch.linalg.vector_norm(value - reference)) / (size if size > 0 else 1.0)
 
 
-def time_in_turn(
-    candidates: Mapping[str, Callable[[], object]],
-    rounds: Mapping[str, int],
-    device: torch.device,
-    seconds: float = 120.0,
-) -> dict[str, Timing]:
-    """Time the candidates one after the other, `rounds[name]` times each, after one warm-up call each.
+@dataclass
+class Outcome:
+    """A whole run: reports in order, cases left out and why, cases that broke and how."""
 
-    Rounds end early, after at least one, when all together have taken `seconds`.
+    reports: list[Report] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> list[str]:
+        return [f"{r.case} ({r.shape})" for r in self.reports if not r.correct]
+
+    def bars(self) -> Iterator[tuple[Report, Bar]]:
+        """Every bar of a correct report."""
+        for report in self.reports:
+            if report.correct:
+                for bar in report.bars:
+                    yield report, bar
+
+    def code(self, require_bars: bool) -> int:
+        """0; 1 where a check failed or a case broke; with `require_bars`, 2 where a bar was missed."""
+        if self.wrong or self.broken:
+            return 1
+        return 2 if require_bars and any(r.met(bar) is False for r, bar in self.bars()) else 0
+
+
+def run(
+    names: list[str],
+    options: Options,
+    budget: float | None = None,
+    show: Callable[[Report], None] = lambda report: None,
+) -> Outcome:
+    """Run the named cases, handing each report to `show` as it comes.
+
+    With a `budget` in seconds, cases that would probably end after it are left out and said to be. A case
+    that raises is broken, and the next one runs.
     """
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        run()
-    _wait(device)
+    outcome = Outcome()
     began = time.perf_counter()
-    for turn in range(max(rounds.values())):
-        if turn and time.perf_counter() - began > seconds:
-            break
-        for name, run in candidates.items():
-            # A candidate with fewer rounds takes part in the first ones.
-            if turn >= rounds[name]:
-                continue
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            taken[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(t)) for name, t in taken.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def environment() -> dict[str, str]:
-    """What a figure must be read with: date, hardware, versions, threads, commit."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
-        "cpu": _cpu(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def print_report(report: Report, name: str) -> None:
-    """The checks; then, only where all of them passed, the times, ratios and bars."""
-    print(f"\n{name}: {report.shape}")
-    for check in report.checks:
-        verdict = "ok" if check.passed else "WRONG"
-        print(f"  check  {check.name:<28} error {check.error:9.2e}   limit {check.limit:.0e}   {verdict}")
-    for note in report.notes:
-        print(f"  note   {note}")
-    if not report.correct:
-        print("  no times: a check failed")
-        return
-    for who, timing in report.timings.items():
-        median, best = f"median {timing.median * 1e3:9.2f} ms", f"best {timing.best * 1e3:9.2f} ms"
-        times = "" if who == report.ours else f"   {report.ratio(who):8.1f} x ours"
-        print(f"  time   {who:<44} {median}   {best}{times}")
-    for bar in report.bars:
-        met = report.met(bar)
-        said = "not timed" if met is None else f"{report.ratio(bar.peer):.1f} x: {'met' if met else 'MISSED'}"
-        print(f"  bar    at least {bar.ratio:g} x faster than {bar.peer}: {said}")
-
-
-def write_csv(path: Path, reports: Mapping[str, Report]) -> None:
-    """One row a timing, the environment in every row. Cases whose check failed have no row."""
-    facts = environment()
-    columns = [
-        *facts,
-        "case",
-        "shape",
-        "candidate",
-        "median_ms",
-        "best_ms",
-        "rounds",
-        "times_ours",
-        "bar",
-        "bar_met",
-    ]
-    with open(path, "w", newline="") as file:
-        rows = csv.DictWriter(file, columns)
-        rows.writeheader()
-        for name, report in reports.items():
-            if not report.correct:
-                continue
-            bars = {bar.peer: bar for bar in report.bars}
-            for who, timing in report.timings.items():
-                bar = bars.get(who)
-                rows.writerow(
-                    {
-                        **facts,
-                        "case": name,
-                        "shape": report.shape,
-                        "candidate": who,
-                        "median_ms": f"{timing.median * 1e3:.4f}",
-                        "best_ms": f"{timing.best * 1e3:.4f}",
-                        "rounds": len(timing.seconds),
-                        "times_ours": f"{report.ratio(who):.3f}",
-                        "bar": "" if bar is None else bar.ratio,
-                        "bar_met": "" if bar is None else report.met(bar),
-                    }
-                )
-
-
-def run(names: list[str], options: Options, csv_path: Path | None, require_bars: bool) -> int:
-    """Run the named cases and print them.
-
-    Returns 0, or 1 where a check failed, or, with `require_bars`, 2 where a bar was missed.
-    """
-    print(", ".join(f"{key} {value}" for key, value in environment().items()))
-    reports: dict[str, Report] = {}
     for name in names:
-        try:
-            reports[name] = CASES[name](options)
-        except Unavailable as why:
-            print(f"\n{name}: skipped, {why}")
+        case = CASES[name]
+        left = None if budget is None else budget - (time.perf_counter() - began)
+        if left is not None and left < case.seconds:
+            outcome.skipped[name] = f"the run's {budget:g} seconds are spent; --only {name} runs it alone"
             continue
-        print_report(reports[name], name)
-        sys.stdout.flush()
-    if csv_path is not None:
-        write_csv(csv_path, reports)
-        print(f"\nwritten: {csv_path}")
-    wrong = [name for name, report in reports.items() if not report.correct]
-    missed = [
-        f"{name} beside {bar.peer}"
-        for name, report in reports.items()
-        if report.correct
-        for bar in report.bars
-        if not report.met(bar)
-    ]
-    if wrong:
-        print(f"\nWRONG: {', '.join(wrong)}")
-        return 1
-    if missed:
-        print(f"\nbars not met: {'; '.join(missed)}")
-        return 2 if require_bars else 0
-    return 0
+        try:
+            for report in case.run(options):
+                outcome.reports.append(report)
+                show(report)
+        except Unavailable as why:
+            outcome.skipped[name] = str(why)
+        except Exception as error:  # one broken case must not cost the others their figures
+            traceback.print_exc()
+            outcome.broken[name] = f"{type(error).__name__}: {error}"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return outcome

@@ -30,38 +30,56 @@ class ScanInputs:
     @property
     def shape(self) -> str:
         batch, length, d_inner = self.u.shape
-        dtype = str(self.u.dtype).removeprefix("torch.")
-        return f"B{batch} D{d_inner} L{length} N{self.A.shape[1]} {dtype}"
+        return f"B{batch} D{d_inner} L{length} N{self.A.shape[1]} {short(self.u.dtype)}"
+
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        """The eight inputs."""
+        return (self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.delta_bias)
 
     def leaves(self) -> tuple[Tensor, ...]:
         """The eight inputs, each a leaf that takes a gradient."""
-        given = (self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.delta_bias)
-        return tuple(t.detach().requires_grad_() for t in given)
+        return tuple(t.detach().requires_grad_() for t in self.given)
+
+
+def short(dtype: torch.dtype) -> str:
+    """bf16, fp16, fp32 or fp64."""
+    return {
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+        torch.float32: "fp32",
+        torch.float64: "fp64",
+    }[dtype]
 
 
 GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias")
 
 
 def scan_inputs(
-    batch: int, d_inner: int, length: int, d_state: int, device: torch.device | str, dtype: torch.dtype
+    batch: int, d_inner: int, length: int, d_state: int, *, device: torch.device | str, dtype: torch.dtype
 ) -> ScanInputs:
-    """Random inputs with Mamba's initial A (-1 .. -d_state) and step sizes (0.001 to 0.1 after softplus)."""
-    make = torch.Generator().manual_seed(0)
+    """Random inputs with Mamba's initial A (-1 .. -d_state) and step sizes (0.001 to 0.1 after softplus).
+
+    B and C: (batch, length, d_state). A, D, delta_bias in fp32. Drawn on `device` in `dtype`: a problem of
+    2^32 elements is made in place.
+    """
+    make = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make).to(device, dtype)
+        return torch.randn(*shape, generator=make, device=device, dtype=dtype)
 
-    dt = torch.exp(torch.rand(d_inner, generator=make) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
-    A = -torch.arange(1, d_state + 1, dtype=torch.float32).repeat(d_inner, 1)
+    spread = torch.rand(d_inner, generator=make, device=device)
+    dt = torch.exp(spread * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+    A = -torch.arange(1, d_state + 1, dtype=torch.float32, device=device).repeat(d_inner, 1)
     return ScanInputs(
         u=normal(batch, length, d_inner),
         delta=normal(batch, length, d_inner),
-        A=A.to(device),
+        A=A,
         B=normal(batch, length, d_state),
         C=normal(batch, length, d_state),
         D=torch.ones(d_inner, device=device),
         z=normal(batch, length, d_inner),
-        delta_bias=torch.log(torch.expm1(dt)).to(device),
+        delta_bias=torch.log(torch.expm1(dt)),
         dout=normal(batch, length, d_inner),
     )
 
