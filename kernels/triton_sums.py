@@ -8,6 +8,8 @@ that two runs agree to the bit, and land in their places in their own dtypes, al
 # Triton kernels are a language of their own, which mypy cannot read.
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +17,16 @@ from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
 
-# Rows are added in tiles of this many, channel blocks of this width: 4 KiB under way a warp.
-ROWS, BLOCK, WARPS = 64, 32, 2
+# Rows are added in tiles of at most this many, in channel blocks of this width: many programs even where
+# there are few channels, with 4 KiB under way a warp.
+MOST_ROWS, BLOCK = 512, 16
+
+
+@functools.lru_cache(maxsize=256)
+def _tile(rows: int) -> tuple[int, int]:
+    """(rows of a tile, warps)."""
+    tile = max(16, min(MOST_ROWS, 1 << (rows - 1).bit_length()))
+    return tile, max(1, tile * BLOCK // 1024)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -60,6 +70,7 @@ def column_sums(partial: Tensor, main: Tensor, last: Tensor | None = None) -> No
     taps = main.shape[1]
     if width == 0:
         return
+    tile, warps = _tile(rows)
     with torch.cuda.device_of(partial):
         column_sums_kernel[(-(-width // BLOCK), taps + (last is not None))](
             partial,
@@ -70,18 +81,23 @@ def column_sums(partial: Tensor, main: Tensor, last: Tensor | None = None) -> No
             K=taps,
             HAS_LAST=last is not None,
             PLANES=planes,
-            ROWS=ROWS,
+            ROWS=tile,
             BLOCK=BLOCK,
-            num_warps=WARPS,
+            num_warps=warps,
         )
 
 
 def aot_cases() -> list[AotCase]:
-    """The convolution's sums and the norm's."""
+    """The convolution's sums and the norm's, of many rows and of few."""
     cases = []
-    for taps, has_last, dtype in ((4, True, "bf16"), (1, False, "fp32")):
-        given = {"partial": "*fp32", "main": "*" + dtype, "last": "*" + dtype, "rows": 512, "width": 2048}
-        given |= {"K": taps, "HAS_LAST": has_last, "PLANES": taps + has_last, "ROWS": ROWS, "BLOCK": BLOCK}
-        config = f"{taps} planes{' and a last' if has_last else ''} {dtype}"
-        cases.append(AotCase(column_sums_kernel, config, given, num_warps=WARPS))
+    for taps, has_last, dtype, rows in (
+        (4, True, "bf16", 512),
+        (1, False, "fp32", 2000),
+        (1, False, "fp32", 16),
+    ):
+        tile, warps = _tile(rows)
+        given = {"partial": "*fp32", "main": "*" + dtype, "last": "*" + dtype, "rows": rows, "width": 2048}
+        given |= {"K": taps, "HAS_LAST": has_last, "PLANES": taps + has_last, "ROWS": tile, "BLOCK": BLOCK}
+        config = f"{taps} planes{' and a last' if has_last else ''} {dtype} in {tile}"
+        cases.append(AotCase(column_sums_kernel, config, given, num_warps=warps))
     return cases

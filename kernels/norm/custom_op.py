@@ -36,7 +36,7 @@ def norm(
     """(out, sum with the residual or None) by Triton on checked arguments, differentiable."""
     options = (eps, norm_before_gate, residual_in_fp32, group_size)
     if goes_straight((x, weight, residual, gate)):
-        from ssm_modal.kernels.norm.triton_norm import rms_norm_fwd
+        from ssm_modal.kernels.norm.triton_fwd import rms_norm_fwd
 
         return rms_norm_fwd(x, weight, residual, gate, *options)[:2]
     out, total, _ = torch.ops.ssm_modal.rms_norm_fwd(x, weight, residual, gate, *options)
@@ -53,7 +53,7 @@ def _fwd(
     residual_in_fp32: bool,
     group_size: int | None,
 ) -> tuple[Tensor, ...]:
-    from ssm_modal.kernels.norm.triton_norm import rms_norm_fwd
+    from ssm_modal.kernels.norm.triton_fwd import rms_norm_fwd
 
     made = rms_norm_fwd(x, weight, residual, gate, eps, norm_before_gate, residual_in_fp32, group_size)
     return without_none(made, x)
@@ -88,7 +88,7 @@ def _bwd(
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    from ssm_modal.kernels.norm.triton_norm import rms_norm_bwd
+    from ssm_modal.kernels.norm.triton_bwd import rms_norm_bwd
 
     grads = rms_norm_bwd(dout, dtotal, s, weight, gate, rstd, norm_before_gate, x_dtype, residual_dtype)
     return without_none(grads, dout)
@@ -133,9 +133,13 @@ def _backward(
         dout = s.new_zeros(s.shape, dtype=x_dtype)
     if residual_dtype is None:
         dtotal = None
+    # Of one dtype, the gradients of x and residual are the same numbers: written once.
+    apart = None if residual_dtype == x_dtype else residual_dtype
     dx, dweight, dresidual, dgate = torch.ops.ssm_modal.rms_norm_bwd(
-        dout, dtotal, s, weight, gate, rstd, norm_before_gate, x_dtype, residual_dtype
+        dout, dtotal, s, weight, gate, rstd, norm_before_gate, x_dtype, apart
     )
+    if residual_dtype == x_dtype:
+        dresidual = dx
     return (
         dx,
         None if weight is None else dweight,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_modal.kernels import dispatch
-from ssm_modal.kernels.norm import rms_norm, rms_norm_ref
+from ssm_modal.kernels.norm import launch, rms_norm, rms_norm_ref
 from tests.kernels.laws import served, skip_unless_possible
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
@@ -155,9 +155,7 @@ def test_rows_wider_than_a_block(
 ) -> None:
     """Triton takes wide rows in blocks, its partial sums in memory; no gap and no overlap between blocks."""
     skip_unserved("triton", device)
-    from ssm_modal.kernels.norm import triton_norm
-
-    monkeypatch.setattr(triton_norm, "WHOLE", 32)
+    monkeypatch.setattr(launch, "WHOLE", 32)
     given = make(5, 40, device=device, weight=torch.float32, residual=torch.float32, gate=gate is not None)
     check(given, "triton", norm_before_gate=gate == "last")
 
