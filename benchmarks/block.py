@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -35,9 +36,9 @@ def layer_ways(
     ours: nn.Module, x: Tensor, options: Options, notes: list[str], training: bool, slow: bool
 ) -> Iterator[Candidate]:
     """Ours, mamba_ssm's and, where `slow` peers can bear the length, transformers' and mambapy's."""
-    yield _way(OURS, lambda x: ours(x)[0], ours, x, _reference(ours, x), training)
-    d_model = x.shape[2]
     verify = _reference(ours, x)
+    yield _way(OURS, lambda x: ours(x)[0], ours, x, verify, training)
+    d_model = x.shape[2]
 
     def mamba_ssm() -> Candidate:
         make = peers.peer("mamba_ssm.modules.mamba_simple", "Mamba")
@@ -151,7 +152,8 @@ def _block(
     for what in (FORWARD, TRAINING):
         training = what == TRAINING
         made = layer_ways(ours, x, options, [] if training else report.notes, training, slow)
-        measure(report, what, made, options, options.device, memory=training)
+        attention = (attention_way(x, training) for _ in range(1))  # made when it is its turn
+        measure(report, what, itertools.chain(made, attention), options, options.device, memory=training)
     return report
 
 

@@ -90,7 +90,7 @@ def report_lines(report: Report) -> Iterator[str]:
     if not report.figures:
         return
     yield (
-        f"  {'what':<24} {'who':<34} {'median':>14} {'middle half':>19} {'rounds':>6} {'x ours':>7} "
+        f"  {'what':<26} {'who':<34} {'median':>14} {'middle half':>19} {'rounds':>6} {'x ours':>7} "
         f"{'at most':>9}"
     )
     whats = list(dict.fromkeys(figure.what for figure in report.figures))
@@ -137,7 +137,7 @@ def _figure_line(report: Report, figure: Figure) -> str:
         amount, unit = report.rates[figure.what]
         said = f"{said or ' ' * 9} {amount / figure.median * 1e3:,.0f} {unit}/s"
     line = (
-        f"  {figure.what:<24} {figure.who:<34} {number(figure.median):>11} {figure.unit:<3}"
+        f"  {figure.what:<26} {figure.who:<34} {number(figure.median):>11} {figure.unit:<3}"
         f"{spread:>19} {len(figure.samples):>6} {ratio:>7} {said}"
     )
     return line.rstrip()
@@ -151,13 +151,13 @@ def summary_lines(outcome: Outcome) -> Iterator[str]:
     """The bars of the whole run in one table, then what was left out, wrong or broken."""
     bars = list(outcome.bars())
     if bars:
-        yield f"{'bar':<24} {'shape':<34} {'what':<24} {'measured':>12} {'at most':>10}"
+        yield f"{'bar':<24} {'shape':<34} {'what':<26} {'measured':>12} {'at most':>10}"
         for report, bar in bars:
             figure, limit = report.figure(bar.what, report.ours), report.limit(bar)
             measured = "-" if figure is None else f"{number(figure.median)} {figure.unit}"
             asked = "-" if limit is None else number(limit)
             yield (
-                f"{report.case:<24} {report.shape[:34]:<34} {bar.what:<24} {measured:>12} {asked:>10}  "
+                f"{report.case:<24} {report.shape[:34]:<34} {bar.what:<26} {measured:>12} {asked:>10}  "
                 f"{verdict(report.met(bar))}"
             )
     for name, why in outcome.skipped.items():

@@ -108,7 +108,8 @@ def _horizontal(
     pyplot = _pyplot()
     figure, ax = pyplot.subplots(figsize=(8.5, 1.0 + 0.42 * len(labels)))
     places = list(range(len(labels)))[::-1]
-    ax.barh(places, values, height=0.62, color=colour)
+    start = 1.0 if log else 0.0
+    ax.barh(places, [value - start for value in values], left=start, height=0.62, color=colour)
     for place, value in zip(places, values):
         ax.annotate(
             f"{value:.2f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
@@ -116,6 +117,8 @@ def _horizontal(
     ax.axvline(1.0, color="black", linewidth=0.9)
     if log:
         ax.set_xscale("log")
+        for axis_format in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+            axis_format(lambda value, _: f"{value:g}")
     ax.margins(x=0.12)
     ax.set_ylim(-0.7, len(labels) - 0.3)
     ax.set_yticks(places, labels, fontsize=7.5)

@@ -34,6 +34,8 @@ OF_CHANNELS = (
     ("ddelta_bias", 7, 0),
 )
 CHANNELS, STEPS, ROWS = 8, 64, 4
+# States of the channels that a reference goes through, about a second of an H200's time in fp64.
+STATES = 1 << 26
 
 
 def spread(total: int, most: int, device: torch.device) -> Tensor:
@@ -84,7 +86,9 @@ def scan_reference(
     length, d_state)."""
     device = x.u.device
     if channels is None:
-        channels = spread(x.u.shape[2], CHANNELS, device)
+        batch, length, d_inner = x.u.shape
+        fit = STATES // max(1, batch * length * x.A.shape[1])
+        channels = spread(d_inner, max(2, min(CHANNELS, fit)), device)
     some = channel_slice(x, channels)
     leaves = some.leaves()
     with torch.set_grad_enabled(gradients):

@@ -1,5 +1,4 @@
-"""The benchmarks: no figure without a passed check, ratios and bars, tables, files; every case runs, at tiny sizes
-on the CPU."""
+"""The benchmarks: no figure without a passed check, ratios and bars, tables and files; every case, tiny."""
 
 from __future__ import annotations
 
