@@ -78,7 +78,7 @@ def _state_gradients(
     return dtaps
 
 
-@triton.jit(do_not_specialize=["length", "n_chunks"])
+@triton.jit(do_not_specialize=["length", "n_chunks", "steps"])
 def conv_backward_kernel(
     dout,  # (batch, length, d_inner), any strides
     dfinal,  # (rows, d_inner, K - 1), any strides
@@ -95,6 +95,7 @@ def conv_backward_kernel(
     length,
     d_inner,
     n_chunks,
+    steps,  # of a chunk
     g_stride_b,
     g_stride_l,
     g_stride_d,
@@ -112,7 +113,6 @@ def conv_backward_kernel(
     i_stride_d,
     i_stride_k,
     K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -123,8 +123,8 @@ def conv_backward_kernel(
     REVERSE: tl.constexpr,
 ):
     chunk, d, d_mask = channels(d_inner, BLOCK_D)
-    row, first, n, s0 = span(cu_seqlens, chunk_start, chunk_seq, length, n_chunks, chunk, BLOCK_T, PACKED)
-    s1 = tl.minimum(s0 + BLOCK_T, n)
+    row, first, n, s0 = span(cu_seqlens, chunk_start, chunk_seq, length, n_chunks, chunk, steps, PACKED)
+    s1 = tl.minimum(s0 + steps, n)
     x_scan, x_step = in_scan_order(
         x, row, first, n, x_stride_b, x_stride_l, d, x_stride_d, PACKED, REVERSE
     )  # fmt: skip
@@ -241,6 +241,7 @@ def causal_conv1d_bwd(
             length,
             d_inner,
             per_row,
+            launch.steps,
             *dout.stride(),
             *final.stride(),
             *x.stride(),
@@ -249,7 +250,6 @@ def causal_conv1d_bwd(
             0 if bias is None else bias.stride(0),
             *state.stride(),
             K=taps,
-            BLOCK_T=launch.steps,
             BLOCK_D=launch.block_d,
             UNROLL=launch.unroll,
             HAS_BIAS=bias is not None,

@@ -33,9 +33,7 @@ def channels(d_inner, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def span(
-    cu_seqlens, chunk_start, chunk_seq, length, n_chunks, chunk, BLOCK_T: tl.constexpr, PACKED: tl.constexpr
-):
+def span(cu_seqlens, chunk_start, chunk_seq, length, n_chunks, chunk, steps, PACKED: tl.constexpr):
     """Of a chunk, all int64: its row, and its sequence's first step in time, length, and first step s0."""
     if PACKED:
         row = tl.load(chunk_seq + chunk)
@@ -47,7 +45,7 @@ def span(
         row = (chunk // n_chunks).to(tl.int64)
         first = row * 0
         n = first + length
-        s0 = (chunk % n_chunks).to(tl.int64) * BLOCK_T
+        s0 = (chunk % n_chunks).to(tl.int64) * steps
     return row, first, n, s0
 
 
@@ -141,6 +139,7 @@ def aot_arguments(taps: int, dtype: str, every: bool, d_inner: int, launch: Conv
         "length": length,
         "d_inner": d_inner,
         "n_chunks": -(-length // launch.steps),
+        "steps": launch.steps,
         "x_stride_b": length * d_inner,
         "x_stride_l": d_inner,
         "x_stride_d": 1,
@@ -151,7 +150,6 @@ def aot_arguments(taps: int, dtype: str, every: bool, d_inner: int, launch: Conv
         "i_stride_d": taps - 1,
         "i_stride_k": 1,
         "K": taps,
-        "BLOCK_T": launch.steps,
         "BLOCK_D": launch.block_d,
         "UNROLL": launch.unroll,
         "HAS_BIAS": True,

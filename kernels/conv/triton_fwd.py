@@ -33,7 +33,7 @@ from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import sigmoid
 
 
-@triton.jit(do_not_specialize=["length", "n_chunks"])
+@triton.jit(do_not_specialize=["length", "n_chunks", "steps"])
 def conv_forward_kernel(
     x,  # (batch, length, d_inner), any strides
     weight,  # (d_inner, K)
@@ -47,6 +47,7 @@ def conv_forward_kernel(
     length,
     d_inner,
     n_chunks,
+    steps,  # of a chunk
     x_stride_b,
     x_stride_l,
     x_stride_d,
@@ -58,7 +59,6 @@ def conv_forward_kernel(
     i_stride_d,
     i_stride_k,
     K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -68,8 +68,8 @@ def conv_forward_kernel(
     REVERSE: tl.constexpr,
 ):
     chunk, d, d_mask = channels(d_inner, BLOCK_D)
-    row, first, n, s0 = span(cu_seqlens, chunk_start, chunk_seq, length, n_chunks, chunk, BLOCK_T, PACKED)
-    s1 = tl.minimum(s0 + BLOCK_T, n)
+    row, first, n, s0 = span(cu_seqlens, chunk_start, chunk_seq, length, n_chunks, chunk, steps, PACKED)
+    s1 = tl.minimum(s0 + steps, n)
     x_scan, x_step = in_scan_order(
         x, row, first, n, x_stride_b, x_stride_l, d, x_stride_d, PACKED, REVERSE
     )  # fmt: skip
@@ -139,13 +139,13 @@ def causal_conv1d_fwd(
             length,
             d_inner,
             per_row,
+            launch.steps,
             *x.stride(),
             out.stride(0),
             *weight.stride(),
             0 if bias is None else bias.stride(0),
             *state.stride(),
             K=taps,
-            BLOCK_T=launch.steps,
             BLOCK_D=launch.block_d,
             UNROLL=launch.unroll,
             HAS_BIAS=bias is not None,

@@ -2,8 +2,8 @@
 
 A row is one group of channels of one position. A program takes a tile of rows, [ROWS, BLOCK], and sums in
 fp32: narrow rows several at a time, so that loads are wide and no lane idles; rows of up to `WHOLE` channels
-stay in registers and are read once; wider ones go through in blocks, twice. Memory bound: with the residual
-the forward moves 2 + 4 bytes in and 2 + 4 out an element (x bf16, residual fp32), the backward 10 in and 6 out.
+stay in registers and are read once; wider ones go through in blocks, twice. Memory bound: with x in bf16 and
+the residual in fp32 the forward moves 6 bytes in and 6 out an element, the backward 10 in and 6 out.
 """
 
 # mypy: ignore-errors

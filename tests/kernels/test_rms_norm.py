@@ -161,14 +161,28 @@ def test_rows_wider_than_a_block(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [4096, 5000, 12288])
+@pytest.mark.parametrize("dim", [16, 100, 1024, 2560, 4096, 5000, 8192, 12288])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_wide_rows_on_gpu(dim: int, dtype: torch.dtype) -> None:
-    given = make(
-        700, dim, device="cuda", dtype=dtype, weight=torch.float32, residual=torch.float32, gate=True
-    )
-    for last in (False, True):
-        check(given, "triton", norm_before_gate=last)
+def test_rows_of_every_width_on_gpu(dim: int, dtype: torch.dtype) -> None:
+    """Tiles as they are launched for real inputs: several rows in one, one row, blocks of a row."""
+    for gate in (False, True):
+        given = make(
+            3001, dim, device="cuda", dtype=dtype, weight=torch.float32, residual=torch.float32, gate=gate
+        )
+        for last in (False, True) if gate else (False,):
+            check(given, "triton", norm_before_gate=last)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_launch_table(backward: bool, gated: bool) -> None:
+    """A row in one tile up to d_model 8192, with 4 to 32 elements a thread."""
+    for width in (1, 16, 100, 1024, 2560, 4096, 8192, 12288):
+        made = launch.norm_launch(width, backward, gated)
+        assert made.one == (width <= (4096 if backward and (gated or width % 16) else 8192))
+        assert made.block >= width or not made.one
+        assert 4 <= made.rows * made.block / (32 * made.warps) <= 32
+        assert made.rows == 1 or made.one
 
 
 @pytest.mark.gpu
