@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,52 @@ class NonFiniteError(RuntimeError):
     """Training met a loss or gradient that is NaN or infinite."""
 
 
+@dataclass
+class _Step:
+    """What there is to know about one optimizer step until it is known to be sound.
+
+    window: its micro-batches: counter, batch and loss. losses, norms: their losses, and the norm of the
+    gradient of each of `names`, on the device. checked: finite exactly where all that must be is. read: where
+    `checked` arrives on the host, and the event that says when; None where nothing was sent ahead.
+    """
+
+    number: int
+    window: list[tuple[int, Any, Tensor]]
+    losses: Tensor
+    names: list[str]
+    norms: list[Tensor]
+    checked: Tensor
+    read: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def sound(self) -> bool:
+        if self.read is None:
+            return math.isfinite(float(self.checked))
+        value, arrived = self.read
+        if arrived is not None:
+            arrived.synchronize()
+        return math.isfinite(float(value))
+
+
 class StopOnNonFinite(Callback):
-    """Checks loss and gradient norm before each optimizer step, so that no broken step is ever taken.
+    """Checks loss and gradient norm of every optimizer step, and no broken step is ever taken.
 
     The weights are then still the ones that made the number, so running the batch again, with the same random
     numbers, shows the first module whose output is not finite. Also logs `grad_norm` (before clipping).
+
+    Reading the norm before each step would make the host wait for the device, and the device then for the
+    host. Where the optimizer is fused, it leaves out a step itself, and all that follow, once it is told by a
+    number on the device; the host reads that number a step later.
     """
 
     def __init__(self) -> None:
-        # The micro-batches of the optimizer step at hand: their counter, the batch and its loss.
         self._window: list[tuple[int, Any, Tensor]] = []
         self._at: tuple[int, Any] | None = None
+        # The step before this one, not read yet, and whether any step so far was broken, on the device.
+        self._unread: _Step | None = None
+        self._broken: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._window, self._unread, self._broken = [], None, None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -43,8 +79,9 @@ class StopOnNonFinite(Callback):
     ) -> None:
         window, self._window = self._window, []
         losses = torch.stack([loss for _, _, loss in window]).double()
-        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        named = [(n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None]
+        norms = list(torch._foreach_norm([grad for _, grad in named]))
+        norm = torch.linalg.vector_norm(torch.stack([n.to(losses.device, losses.dtype) for n in norms]))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             # fp16's loss scaling meets infinite gradients on purpose, skips the step and lowers the scale.
@@ -52,21 +89,48 @@ class StopOnNonFinite(Callback):
             checked = losses.sum()
         else:
             checked = losses.sum() + norm
-        # One read of the device a step.
-        if math.isfinite(float(checked)):
-            pl_module.log("grad_norm", norm)
-            return
-        raise NonFiniteError(self._message(trainer, pl_module, window, losses))
+        pl_module.log("grad_norm", norm.float())
+        names = [name for name, _ in named]
+        step = _Step(trainer.global_step + 1, window, losses, names, norms, checked)
+        if scaler is None and all(group.get("fused") for group in optimizer.param_groups):
+            self._tell(optimizer, step)
+            self._settle(trainer, pl_module)
+            self._unread = step
+        elif not step.sound():
+            raise NonFiniteError(self._message(trainer, pl_module, step))
 
-    def _message(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        window: list[tuple[int, Any, Tensor]],
-        losses: Tensor,
-    ) -> str:
-        step = trainer.global_step + 1
-        where = f"at step {step}"
+    def _tell(self, optimizer: Any, step: _Step) -> None:
+        """Let the fused optimizer leave out this step, if it or an earlier one is broken."""
+        broken = ~step.checked.isfinite()
+        self._broken = broken if self._broken is None else self._broken | broken
+        optimizer.found_inf = self._broken.float()
+        event = torch.cuda.Event() if step.checked.is_cuda else None
+        step.read = step.checked.to("cpu", non_blocking=True), event
+        if event is not None:
+            event.record()
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise NonFiniteError if the step that was not read yet is broken."""
+        step, self._unread = self._unread, None
+        if step is not None and not step.sound():
+            raise NonFiniteError(self._message(trainer, pl_module, step))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._settle(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            if getattr(optimizer, "found_inf", None) is not None:
+                optimizer.found_inf = None  # type: ignore[attr-defined]
+
+    def _message(self, trainer: Trainer, module: LightningModule, step: _Step) -> str:
+        where = f"at step {step.number}"
         folder = Path(trainer.default_root_dir) / "checkpoints"
         kept = (
             f"the checkpoints in {folder} are from before"
@@ -77,13 +141,11 @@ class StopOnNonFinite(Callback):
             f"the run stopped and no broken step was taken; {kept}. A lower learning rate, a longer warm-up "
             "or gradient clipping usually helps"
         )
-        for (counter, batch, _), loss in zip(window, losses.tolist()):
+        for (counter, batch, _), loss in zip(step.window, step.losses.tolist()):
             if not math.isfinite(loss):
                 seen = first_nonfinite(trainer, module, counter, batch)
                 return f"the loss is {loss} {where} (batch {counter}); it first showed in {seen}; {advice}"
-        broken = [
-            n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
-        ]
+        broken = [name for name, norm in zip(step.names, step.norms) if not norm.isfinite()]
         # The gradient comes from the loss's side: the last parameter in forward order was reached first.
         seen = (
             f"the gradient of {broken[-1]} ({len(broken)} in all)" if broken else "the norm of all gradients"
