@@ -166,14 +166,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A named benchmark. on: "cuda" or "cpu". quick: part of `--quick`. seconds: about what it takes, so
-    that a run with little of its budget left does not begin it."""
+    """A named benchmark.
+
+    on: "cuda" or "cpu". quick: part of `--quick`. seconds: about what it takes, so that a run with little of
+    its budget left does not begin it. whole: part of a run without `--only`; a case that repeats what others
+    measure is not.
+    """
 
     name: str
     function: Callable[[Options], Report | Iterable[Report]]
     on: str
     quick: bool
     seconds: float
+    whole: bool = True
 
     @property
     def about(self) -> str:
@@ -188,30 +193,34 @@ CASES: dict[str, Case] = {}
 Function = Callable[[Options], Report | Iterable[Report]]
 
 
-def case(*, on: str = "cuda", quick: bool = False, seconds: float = 5.0) -> Callable[[Function], Function]:
+def case(
+    *, on: str = "cuda", quick: bool = False, seconds: float = 5.0, whole: bool = True
+) -> Callable[[Function], Function]:
     """Register a function under its own name."""
 
     def register(function: Function) -> Function:
-        add_case(function.__name__, function, on=on, quick=quick, seconds=seconds)
+        add_case(function.__name__, function, on=on, quick=quick, seconds=seconds, whole=whole)
         return function
 
     return register
 
 
-def add_case(name: str, function: Function, *, on: str, quick: bool, seconds: float) -> None:
+def add_case(
+    name: str, function: Function, *, on: str, quick: bool, seconds: float, whole: bool = True
+) -> None:
     """Register `function` under `name`."""
     if name in CASES:
         raise ValueError(f"there is a case {name!r} already")
-    CASES[name] = Case(name, function, on, quick, seconds)
+    CASES[name] = Case(name, function, on, quick, seconds, whole)
 
 
 def chosen(only: str | None, quick: bool = False) -> list[str]:
     """Names of the cases that `only` picks: names or beginnings of names joined by commas.
 
-    A whole name picks that case alone. For None all cases, or those of the quick run.
+    A whole name picks that case alone. For None those of the whole run, or of the quick one.
     """
     if only is None:
-        return [name for name, case in CASES.items() if case.quick or not quick]
+        return [name for name, case in CASES.items() if (case.quick if quick else case.whole)]
     picked: list[str] = []
     for word in (word.strip() for word in only.split(",")):
         found = [word] if word in CASES else [name for name in CASES if name.startswith(word)]

@@ -128,7 +128,7 @@ def first_call(options: Options) -> Report:
     bars = options.bars(*(Bar(what, FIRST_CALL) for what in whats))
     shape = "selective_scan B1 D2048 L8192 N16 bf16, a process each, torch and GPU ready"
     report = Report("first_call", shape, OURS, bars=bars)
-    warm = 1 if options.quick or options.tiny else 3
+    warm = 1 if options.quick or options.tiny else 2
     with tempfile.TemporaryDirectory() as cache:
         runs = [_process(cache, options) for _ in range(1 + warm)]
     for one in runs:

@@ -169,7 +169,7 @@ def _training(x: ScanInputs, options: Options, notes: list[str]) -> Iterator[Can
     yield from made
 
 
-@case(seconds=12.0)
+@case(seconds=12.0, whole=False)
 def memory(options: Options) -> Iterator[Report]:
     """Peak memory of the scan, forward + backward, inputs, outputs and all gradients alive, at each shape."""
     options.need()

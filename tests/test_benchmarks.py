@@ -145,6 +145,9 @@ def test_choosing_cases(cases: dict[str, Case]) -> None:
     assert chosen("absent,scan_s,scan") == ["absent", "scan_slow", "scan_right"]
     assert chosen(None) == list(cases)
     assert chosen(None, quick=True) == ["absent"]
+    cases["broken"] = dataclasses.replace(cases["broken"], whole=False)
+    assert chosen(None) == ["scan_right", "scan_slow", "conv_wrong", "absent"]
+    assert chosen("broken") == ["broken"]
     cases["scan"] = cases["absent"]
     assert chosen("scan") == ["scan"]
     with pytest.raises(ValueError, match="'norm' picks no case; there are scan_right, "):
