@@ -109,7 +109,7 @@ def _gradients(x: ScanInputs, leaves: tuple[Tensor, ...], scan: Callable) -> tup
     return torch.autograd.grad(scan(leaves), leaves, x.dout)
 
 
-@case(on="cpu", seconds=10.0)
+@case(on="cpu", quick=True, seconds=4.0)
 def cpu_scan_small(options: Options) -> Report:
     """Selective scan forward and backward, B8 D128 L256 N16 fp32, beside the chunked torch form."""
     _need_compiled()
