@@ -278,5 +278,7 @@ def aot_cases() -> list[AotCase]:
         given |= {"g_stride_b": 2048 * d_inner, "g_stride_l": d_inner, "g_stride_d": 1}
         given |= {"f_stride_r": d_inner * (taps - 1), "f_stride_d": taps - 1, "f_stride_k": 1}
         given |= {"dx_stride_b": 2048 * d_inner}
-        cases.append(AotCase(conv_backward_kernel, config, given, num_warps=launch.warps))
+        cases.append(
+            AotCase(conv_backward_kernel, config, given, num_warps=launch.warps, minor=dtype == "fp32")
+        )
     return cases

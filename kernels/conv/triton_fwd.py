@@ -166,5 +166,7 @@ def aot_cases() -> list[AotCase]:
         launch = conv_launch(2048, d_inner, taps, False)
         given = aot_arguments(taps, dtype, every, d_inner, launch)
         given |= dict.fromkeys(("out", "final_state"), "*" + dtype) | {"out_stride_b": 2048 * d_inner}
-        cases.append(AotCase(conv_forward_kernel, config, given, num_warps=launch.warps))
+        cases.append(
+            AotCase(conv_forward_kernel, config, given, num_warps=launch.warps, minor=dtype == "fp32")
+        )
     return cases

@@ -248,5 +248,7 @@ def aot_cases() -> list[AotCase]:
         given |= dict.fromkeys(("dout_stride", "dtotal_stride", "s_stride"), dim)
         given |= {"rows": 16384, "DTOTAL": residual}
         config = aot_config(dim, dtype, residual, gate)
-        cases.append(AotCase(norm_backward_kernel, config, given, num_warps=launch.warps))
+        cases.append(
+            AotCase(norm_backward_kernel, config, given, num_warps=launch.warps, minor=dtype == "fp32")
+        )
     return cases

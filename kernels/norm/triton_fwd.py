@@ -179,5 +179,7 @@ def aot_cases() -> list[AotCase]:
         given |= dict.fromkeys(("residual", "total"), "*fp32")
         given |= {"x_stride": dim, "residual_stride": dim, "count": 16384, "eps": 1e-5}
         config = aot_config(dim, dtype, residual, gate)
-        cases.append(AotCase(norm_forward_kernel, config, given, num_warps=launch.warps))
+        cases.append(
+            AotCase(norm_forward_kernel, config, given, num_warps=launch.warps, minor=dtype == "fp32")
+        )
     return cases

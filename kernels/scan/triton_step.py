@@ -193,5 +193,5 @@ def aot_cases() -> list[AotCase]:
         given |= {"BLOCK_D": block_d, "BLOCK_N": block_n, "ONE_GROUP": groups == 1}
         given |= dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS"), True)
         config = f"N{d_state} groups {groups} {dtype}"
-        cases.append(AotCase(scan_step_kernel, config, given, num_warps=WARPS))
+        cases.append(AotCase(scan_step_kernel, config, given, num_warps=WARPS, minor=dtype == "fp32"))
     return cases
