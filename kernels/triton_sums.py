@@ -51,7 +51,7 @@ def column_sums_kernel(
     i = rows * 0
     while i < rows:
         sums += tl.load(at, mask=mask[None, :] & (i + r < rows)[:, None], other=0.0)
-        at += ROWS * PLANES * width.to(tl.int64)
+        at += ROWS * PLANES * tl.cast(width, tl.int64)
         i += ROWS
     total = tl.sum(sums, 0)
     if plane < K:
