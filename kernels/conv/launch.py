@@ -35,8 +35,7 @@ SHIPPED: tuple[tuple[int, tuple[int, int], tuple[int, int]], ...] = (
 
 # Programs wanted before one walks further: some rounds of what a large GPU holds, so that the last round is
 # short. Backward a walk costs d_conv - 1 steps at either end and a row of partial sums.
-FORWARD_PROGRAMS = 6144
-BACKWARD_PROGRAMS = 4096
+PROGRAMS = 6144
 
 SHORTEST, LONGEST = 32, 1024
 
@@ -48,8 +47,7 @@ def conv_launch(rows: int, d_inner: int, taps: int, backward: bool) -> ConvLaunc
     channels, unroll = backward_row if backward else forward_row
     block_d = min(32 * channels, max(16, 1 << (d_inner - 1).bit_length()))
     blocks = -(-d_inner // block_d)
-    wanted = BACKWARD_PROGRAMS if backward else FORWARD_PROGRAMS
     steps = SHORTEST
-    while steps < LONGEST and rows * blocks >= 2 * steps * wanted:
+    while steps < LONGEST and rows * blocks >= 2 * steps * PROGRAMS:
         steps *= 2
     return ConvLaunch(steps=steps, block_d=block_d, warps=1, unroll=unroll)
