@@ -25,6 +25,7 @@ from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
 
 try:
     from lightning.pytorch import LightningModule
+    from lightning.pytorch.callbacks import WeightAveraging
 except ImportError as error:
     raise ImportError('training needs Lightning: pip install "ssm-modal[train]"') from error
 
@@ -310,7 +311,8 @@ class TrainingTask(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError for a checkpoint of another architecture; in resuming also of another seed."""
+        """Raise ValueError for a checkpoint of another architecture; in resuming also of another seed, and
+        for one that averaged its weights where this run does not."""
         there = checkpoint.get("hyper_parameters", {}).get("model_config")
         if there is not None:
             wrong = config_differences(there, self.model_config())
@@ -325,6 +327,13 @@ class TrainingTask(LightningModule):
             raise ValueError(
                 f"the checkpoint is of a run with seed {about['seed']}, but this one has seed {seed}: it "
                 "would not go on with the same batches; use the same --seed_everything, or another run_dir"
+            )
+        averaging = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)
+        if "current_model_state" in checkpoint and not averaging:
+            raise ValueError(
+                "the checkpoint is of a run that averages its weights, but this one does not: it would go on "
+                "from the average with an optimizer that is at the weights; give the callback WeightAverage "
+                "in trainer.callbacks as there, or start another run from the average with init_from"
             )
 
 

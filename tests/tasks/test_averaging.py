@@ -97,3 +97,66 @@ def test_killed_and_resumed_equals_left_alone(tmp_path: Path) -> None:
 def test_wrong_arguments(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name} is {value}, expected"):
         WeightAverage(**{name: value})  # type: ignore[arg-type]
+
+
+def test_with_accumulation_the_average_starts_at_its_step(tmp_path: Path) -> None:
+    follow = "{class_path: tests.tasks.test_averaging.Follow}"
+    options = {"trainer.accumulate_grad_batches": 2, **averaging(follow, start=3)}
+    assert main(command(tmp_path / "run", max_steps=5, **options)) == 0
+    third, fourth, fifth = Follow.all[5::2]
+    for name, value in weights(tmp_path / "run").items():
+        expected = DECAY * (DECAY * third[name] + (1 - DECAY) * fourth[name]) + (1 - DECAY) * fifth[name]
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_the_average_has_the_dtype_of_the_weights(tmp_path: Path, precision: str) -> None:
+    folder = tmp_path / "run"
+    assert main(command(folder, max_steps=4, **{"trainer.precision": precision}, **averaging(start=2))) == 0
+    ours, average = load(folder)["current_model_state"], weights(folder)
+    wide = torch.float64 if precision == "64-true" else torch.float32
+    assert {v.dtype for v in (*ours.values(), *average.values())} == {wide}
+    assert not torch.equal(ours["model.embedding.weight"], average["model.embedding.weight"])
+
+
+def test_half_precision_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"trainer.precision": "bf16-true", **averaging()}
+    assert main(command(tmp_path / "run", max_steps=2, **options)) == 1
+    error = capsys.readouterr().err
+    assert "WeightAverage: the weight model.embedding.weight is bfloat16, too coarse" in error
+    assert "bf16-mixed or 16-mixed instead of bf16-true" in error
+
+
+def test_going_on_without_the_callback_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(command(folder, max_steps=2, **averaging())) == 0
+    before = weights(folder)
+    assert main([*command(folder, max_steps=4), "--ckpt_path=last"]) == 1
+    assert "of a run that averages its weights, but this one does not" in capsys.readouterr().err
+    assert_same(weights(folder), before)
+    # Another run may start from the average, and an average may start late.
+    assert main(command(tmp_path / "new", max_steps=2, **{"model.init_from": folder})) == 0
+    options = averaging()
+    assert main([*command(tmp_path / "new", max_steps=3, **options), "--ckpt_path=last"]) == 0
+    assert "current_model_state" in load(tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_average(tmp_path: Path) -> None:
+    """And go on with it: as one process over the same batches."""
+    still = {"model.overrides.dropout": 0.0, "model.optimizer.eps": 1e-3, "model.schedule.kind": "constant"}
+    two = {
+        "trainer.strategy": "ddp",
+        "trainer.devices": 2,
+        "data.batch_size": 2,
+        **still,
+        **averaging(start=2),
+    }
+    folder = tmp_path / "two"
+    assert run(command(folder, max_steps=4, **two), ranks=2) == [0, 0]
+    assert run([*command(folder, max_steps=8, **two), "--ckpt_path=last"], ranks=2) == [0, 0]
+    one = {"data.batch_size": 4, **still, **averaging(start=2)}
+    assert run(command(tmp_path / "one", max_steps=8, **one)) == [0]
+    for get in (weights, lambda path: load(path)["current_model_state"]):
+        for name, value in get(tmp_path / "one").items():
+            torch.testing.assert_close(get(folder)[name], value, rtol=1e-4, atol=1e-6)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ssm_modal.cli.main import main
-from tests.tasks.tiny import command, load
+from tests.tasks.tiny import assert_same, command, load, weights
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class Poison(Callback):
     """From training batch `batch` to `until`, make the output of the module called `where` (or a gradient)
-    NaN."""
+    NaN, in training alone."""
 
     def __init__(self, batch: int, where: str, what: str = "output", until: int = 1000) -> None:
         self.batch, self.where, self.what, self.until = batch, where, what, until
@@ -30,7 +30,8 @@ class Poison(Callback):
         progress = trainer.fit_loop.epoch_loop.batch_progress
 
         def spoil(value: torch.Tensor) -> torch.Tensor:
-            return value * torch.nan if self.batch <= progress.total.ready <= self.until else value
+            now = pl_module.training and self.batch <= progress.total.ready <= self.until
+            return value * torch.nan if now else value
 
         if self.what == "gradient":
             pl_module.get_parameter(self.where).register_hook(spoil)
@@ -73,6 +74,32 @@ def test_says_at_which_step_and_in_which_layer(
     saved = load(run_dir)
     assert saved["global_step"] == 2
     assert all(v.isfinite().all() for v in saved["state_dict"].values())
+
+
+@FUSED
+@pytest.mark.parametrize("after", ["validation", "end"])
+def test_a_broken_step_before_a_validation_and_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], after: str, fused: str
+) -> None:
+    """Nothing is measured or saved with what follows it, and the layer is found as in the training."""
+    run_dir, where = tmp_path / "run", linear_name()
+    options = {**poison(batch=4, where=where), "model.optimizer.fused": fused}
+    options |= {"trainer.val_check_interval": 4 if after == "validation" else 100}
+    options |= {"checkpoint.every_n_steps": 1 if after == "validation" else 100}
+    assert main(command(run_dir, max_steps=4 if after == "end" else 6, **options)) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 4 (batch 4)" in error
+    assert f"first showed in the output of {where} (Linear)" in error
+    if after == "end":
+        assert not (run_dir / "checkpoints").exists()
+        return
+    assert load(run_dir)["global_step"] == 3
+    assert "val/loss" not in (run_dir / "metrics.csv").read_text()
+    # What is wrong put right, the run goes on from before it.
+    options = {"trainer.val_check_interval": 4, "model.optimizer.fused": fused}
+    assert main([*command(run_dir, max_steps=6, **options), "--ckpt_path=last"]) == 0
+    assert main(command(tmp_path / "sound", max_steps=6, **options)) == 0
+    assert_same(weights(run_dir), weights(tmp_path / "sound"))
 
 
 @FUSED

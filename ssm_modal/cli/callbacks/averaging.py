@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -23,7 +25,10 @@ class WeightAverage(WeightAveraging):
     Args:
         decay: share of the old average that stays at each step; 1 / (1 - decay) is about the number of
             steps that it spans.
-        start_step: the step at whose weights the average starts.
+        start_step: the step at whose weights the average starts; 0 as 1.
+
+    Raises ValueError for arguments out of range, and when training starts for weights in half precision, in
+    which a moving average stands still.
     """
 
     def __init__(self, decay: float = 0.99, start_step: int = 0) -> None:
@@ -42,15 +47,29 @@ class WeightAverage(WeightAveraging):
         return step_idx is not None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._average_model is not None:
-            # Its counter stays on the host, where it is read at every step.
-            self._average_model.module.to(pl_module.device)
+        if self._average_model is None:
+            return
+        for name, value in pl_module.named_parameters():
+            if value.dtype in (torch.float16, torch.bfloat16):
+                dtype = str(value.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"WeightAverage: the weight {name} is {dtype}, too coarse for a moving average; take "
+                    f"trainer.precision 32-true, bf16-mixed or 16-mixed instead of {trainer.precision}"
+                )
+        # The weights may have been moved and cast since the average was copied from them. Its counter stays
+        # on the host, where it is read at every step.
+        average = self._average_model.module
+        theirs = itertools.chain(average.parameters(), average.buffers())
+        ours = itertools.chain(pl_module.parameters(), pl_module.buffers())
+        for mean, value in zip(theirs, ours):
+            mean.data = mean.data.to(value)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._average_model is not None and trainer.global_step <= self.start_step:
-            # The first update after this copies: the average starts at the weights of that step.
+        step = trainer.global_step
+        if self._average_model is not None and self._latest_update_step < step <= self.start_step:
+            # The update of this step then copies: the average starts at its weights.
             self._average_model.n_averaged.zero_()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

@@ -169,6 +169,10 @@ def first_nonfinite(trainer: Trainer, module: LightningModule, counter: int, bat
             found.append(f"the output of {names[child] or 'the task'} ({type(child).__name__})")
 
     handles = [child.register_forward_hook(hook) for child in module.modules()]
+    modes = {child: child.training for child in module.modules()}
+    if not module.training:
+        # A validation that follows the step has put the modules in its own mode already.
+        module.train()
     try:
         reseed: Any = getattr(module, "reseed", None)
         if reseed is not None:
@@ -178,6 +182,8 @@ def first_nonfinite(trainer: Trainer, module: LightningModule, counter: int, bat
     finally:
         for handle in handles:
             handle.remove()
+        for child, training in modes.items():
+            child.training = training
     return found[0] if found else "the loss itself, which came from finite outputs"
 
 
