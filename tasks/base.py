@@ -328,7 +328,8 @@ class TrainingTask(LightningModule):
                 f"the checkpoint is of a run with seed {about['seed']}, but this one has seed {seed}: it "
                 "would not go on with the same batches; use the same --seed_everything, or another run_dir"
             )
-        averaging = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)
+        trainer: Any = self.trainer
+        averaging = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)
         if "current_model_state" in checkpoint and not averaging:
             raise ValueError(
                 "the checkpoint is of a run that averages its weights, but this one does not: it would go on "

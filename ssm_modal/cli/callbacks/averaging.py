@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -43,9 +45,6 @@ class WeightAverage(WeightAveraging):
     def state_key(self) -> str:
         return "WeightAverage"
 
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        return step_idx is not None
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._average_model is None:
             return
@@ -59,10 +58,10 @@ class WeightAverage(WeightAveraging):
         # The weights may have been moved and cast since the average was copied from them. Its counter stays
         # on the host, where it is read at every step.
         average = self._average_model.module
-        theirs = itertools.chain(average.parameters(), average.buffers())
-        ours = itertools.chain(pl_module.parameters(), pl_module.buffers())
+        theirs: Iterator[Tensor] = itertools.chain(average.parameters(), average.buffers())
+        ours: Iterator[Tensor] = itertools.chain(pl_module.parameters(), pl_module.buffers())
         for mean, value in zip(theirs, ours):
-            mean.data = mean.data.to(value)
+            mean.data = mean.data.to(value.device, value.dtype)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
