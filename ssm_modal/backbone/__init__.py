@@ -3,7 +3,8 @@
 from ssm_modal.backbone.backbone import Backbone, BackboneState
 from ssm_modal.backbone.block import Block
 from ssm_modal.backbone.config import BackboneConfig
-from ssm_modal.backbone.segmented import Segment, iterate_segments, sum_over_segments
+from ssm_modal.backbone.segmented import iterate_segments, sum_over_segments
+from ssm_modal.backbone.segments import Segment
 
 __all__ = [
     "Backbone",

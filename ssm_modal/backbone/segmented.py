@@ -24,54 +24,13 @@ from ssm_modal.backbone.recompute import (
     hooks_held,
     refuse_second_derivatives,
 )
+from ssm_modal.backbone.segments import Segment, check_cut, cuts_of
 from ssm_modal.errors import StateError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.state import State
 
-
-@dataclass(frozen=True)
-class Segment:
-    """Steps [start, end) of the whole.
-
-    inputs: the same steps of each input, (batch, end - start, ...). seqs: where packed sequences have a
-    border in here, their parts that lie in it; None where one sequence (or every row of the batch) fills it.
-    """
-
-    start: int
-    end: int
-    inputs: tuple[Tensor, ...]
-    seqs: Sequences | None
-
-
 Body = Callable[[Segment, Any], tuple[Tensor, Any]]
 Head = Callable[[Tensor, Segment], Tensor | tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Where a segment lies, its lengths of packed sequences, and whether a state enters and leaves it."""
-
-    start: int
-    end: int
-    parts: tuple[int, ...]
-    enters: bool
-    leaves: bool
-
-
-def _cuts(length: int, segment: int, seqs: Sequences | None) -> list[_Cut]:
-    lengths = [length] if seqs is None else [n for n in seqs.lengths if n]
-    cuts, sequence, used = [], 0, 0
-    for start in range(0, length, segment):
-        end = min(start + segment, length)
-        room, parts, enters = end - start, [], used > 0
-        while room:
-            take = min(room, lengths[sequence] - used)
-            parts.append(take)
-            room, used = room - take, used + take
-            if used == lengths[sequence]:
-                sequence, used = sequence + 1, 0
-        cuts.append(_Cut(start, end, tuple(parts), enters, used > 0))
-    return cuts or [_Cut(0, 0, (0,), False, False)]
 
 
 def sum_over_segments(
@@ -117,7 +76,7 @@ def sum_over_segments(
     RuntimeError in the backward where a parameter was changed in place since the forward.
     """
     inputs = tuple(inputs)
-    _check(inputs, segment, seqs)
+    check_cut(inputs, segment, seqs)
     wanted = tuple(_trainable(parameters))
     plan = _Plan(body, head, inputs[0], segment, seqs, wanted, ahead)
     if torch.is_grad_enabled() and (wanted or any(x.requires_grad for x in inputs)):
@@ -136,38 +95,13 @@ def iterate_segments(
     Arguments as of `sum_over_segments`.
     """
     inputs = tuple(inputs)
-    _check(inputs, segment, seqs)
+    check_cut(inputs, segment, seqs)
     plan = _Plan(body, lambda hidden, own: hidden, inputs[0], segment, seqs, (), False)
     state: Any = None
     for k in range(len(plan.cuts)):
         own = plan.segment(k, inputs)
         hidden, state = plan.advance(k, own, state)
         yield own, hidden
-
-
-def _check(inputs: tuple[Tensor, ...], segment: object, seqs: object) -> None:
-    if not inputs:
-        raise ValueError("inputs is empty, expected at least one tensor (batch, length, ...)")
-    for i, x in enumerate(inputs):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"inputs[{i}] must be a tensor, got {type(x).__name__}")
-        if x.ndim < 2 or x.shape[:2] != inputs[0].shape[:2]:
-            raise ValueError(
-                f"inputs[{i}] has shape {tuple(x.shape)}, expected (batch, length, ...) = "
-                f"{(*inputs[0].shape[:2], '...')}"
-            )
-    if not isinstance(segment, int) or isinstance(segment, bool):
-        raise TypeError(f"segment must be a whole number, got {type(segment).__name__}")
-    if segment < 1:
-        raise ValueError(f"segment is {segment}, expected 1 or more steps")
-    if seqs is None:
-        return
-    if not isinstance(seqs, Sequences):
-        raise TypeError(f"seqs must be Sequences or None, got {type(seqs).__name__}")
-    if inputs[0].shape[0] != 1:
-        raise ValueError(f"inputs have batch {inputs[0].shape[0]}, expected 1 with seqs")
-    if seqs.total != inputs[0].shape[1]:
-        raise ValueError(f"seqs covers {seqs.total} steps, expected {inputs[0].shape[1]}, the inputs' length")
 
 
 def _trainable(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -207,7 +141,7 @@ class _Plan:
     ) -> None:
         self.body, self.head, self.parameters, self.ahead = body, head, parameters, ahead
         self.device = like.device
-        self.cuts = _cuts(like.shape[1], segment, seqs)
+        self.cuts = cuts_of(like.shape[1], segment, seqs)
         self.seqs = [
             None if len(cut.parts) == 1 else Sequences.from_lengths(cut.parts, like.device)
             for cut in self.cuts

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_modal.backbone.recompute import Surroundings
-from ssm_modal.backbone.segmented import Segment, iterate_segments, sum_over_segments
+from ssm_modal.backbone.segmented import iterate_segments, sum_over_segments
+from ssm_modal.backbone.segments import Segment
 from ssm_modal.heads.chunked_loss import IGNORE, chunked_cross_entropy, default_chunk
 from ssm_modal.kernels.sequences import Sequences
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -48,9 +46,9 @@ class WeightAverage(WeightAveraging):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._average_model is None:
             return
-        for name, value in pl_module.named_parameters():
-            if value.dtype in (torch.float16, torch.bfloat16):
-                dtype = str(value.dtype).removeprefix("torch.")
+        for name, weight in pl_module.named_parameters():
+            if weight.dtype in (torch.float16, torch.bfloat16):
+                dtype = str(weight.dtype).removeprefix("torch.")
                 raise ValueError(
                     f"WeightAverage: the weight {name} is {dtype}, too coarse for a moving average; take "
                     f"trainer.precision 32-true, bf16-mixed or 16-mixed instead of {trainer.precision}"
@@ -58,8 +56,8 @@ class WeightAverage(WeightAveraging):
         # The weights may have been moved and cast since the average was copied from them. Its counter stays
         # on the host, where it is read at every step.
         average = self._average_model.module
-        theirs: Iterator[Tensor] = itertools.chain(average.parameters(), average.buffers())
-        ours: Iterator[Tensor] = itertools.chain(pl_module.parameters(), pl_module.buffers())
+        theirs = itertools.chain(average.parameters(), average.buffers())
+        ours = itertools.chain(pl_module.parameters(), pl_module.buffers())
         for mean, value in zip(theirs, ours):
             mean.data = mean.data.to(value.device, value.dtype)
 
