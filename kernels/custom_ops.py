@@ -31,6 +31,22 @@ def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
     return not recording(tensors)
 
 
+def written(op: str, name: str, tensor: Tensor) -> None:
+    """What torch does for a tensor that is about to be written in place, for a call that goes straight.
+
+    Raises RuntimeError where several elements lie in one place (an expanded tensor), and lets autograd know,
+    so that a backward that needs the old values says that they are gone.
+    """
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        if stride == 0 and size > 1:
+            raise RuntimeError(
+                f"{op}: {name} is expanded, strides {tensor.stride()}: several elements lie in one place, so "
+                "it cannot be written; clone it first"
+            )
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
 def without_none(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """A custom op returns tensors only, none twice: a new empty one stands for each None."""
     return tuple(like.new_empty(0) if t is None else t for t in tensors)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssm_modal.kernels.checks import check_no_gradient, recording, state_dtype
 from ssm_modal.kernels.conv.arguments import check_step
-from ssm_modal.kernels.custom_ops import goes_straight
+from ssm_modal.kernels.custom_ops import goes_straight, written
 from ssm_modal.kernels.dispatch import resolve
 
 OP = "causal_conv1d_step"
@@ -76,6 +76,7 @@ def causal_conv1d_step_(
         state.copy_(window[..., 1:])
         return out
     if goes_straight(given):
+        written("causal_conv1d_step_", "state", state)
         return _triton_(x, weight, bias, state, silu)
     return torch.ops.ssm_modal.causal_conv1d_step_(x, weight, bias, state, silu)
 
