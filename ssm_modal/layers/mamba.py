@@ -141,7 +141,8 @@ class Mamba(Mixer, WideParameters):
         return_state: bool = True,
     ) -> tuple[Tensor, MambaState | None]:
         u, z = projected.chunk(2, dim=-1)
-        if state is not None and seqs is None and u.shape[1] == 1:
+        # Where gradients may be recorded the ops below serve on every backend, the single step on torch only.
+        if state is not None and seqs is None and u.shape[1] == 1 and not torch.is_grad_enabled():
             y, new = self._step(u[:, 0], z[:, 0], state)
             return y.unsqueeze(1), new
         u, conv = causal_conv1d(

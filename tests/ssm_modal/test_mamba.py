@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_modal.errors import ConfigError, StateError
+from ssm_modal.kernels import use_backend
+from ssm_modal.kernels.dispatch import interpreting
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers import Mamba, MambaConfig, MambaState, S4DState
 from tests.ssm_modal import layer_laws as laws
@@ -212,6 +214,27 @@ def test_adapters_on_every_projection_are_heard() -> None:
             assert not torch.allclose(before, after), name
             step, _ = layer(x[:, :1], layer.init_state(1))
             assert_close(step, after[:, :1], 1e-5, name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_single_step_with_gradients_on_a_backend_asked_for(device: torch.device, backend: str) -> None:
+    """As the last of two: a segment of a longer sequence may be one step long."""
+    if device.type == "cpu" and backend == "triton" and not interpreting():
+        pytest.skip("needs a GPU or Triton's interpreter")
+    torch.manual_seed(0)
+    layer = Mamba(8, MambaConfig(d_state=4)).to(device)
+    x = torch.randn(2, 2, 8, device=device)
+    want = torch.autograd.grad(layer(x)[0][:, 1].square().sum(), list(layer.parameters()))
+    with use_backend(backend):
+        _, state = layer(x[:, :1])
+        y, after = layer(x[:, 1:], state)
+        found = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+        with torch.no_grad():
+            without, alike = layer(x[:, 1:], state)
+    for (name, _), g, w in zip(layer.named_parameters(), found, want):
+        assert_close(g, w, 1e-4, name)
+    assert_close(without, y, OUTPUT[torch.float32], "without gradients")
+    assert_close(alike.ssm, after.ssm, OUTPUT[torch.float32], "state")
 
 
 def test_a_wrong_input_or_state_is_named() -> None:
