@@ -135,9 +135,10 @@ class LanguageModelling(TrainingTask):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """`ids`, `labels` and `nats`, (batch, length) on the host: each target's loss, 0 where none is."""
         labels = batch["labels"]
-        if self.segment is not None:
+        if self.segment is not None or self.recompute != "none":
             model: Any = self.model
-            nats = long_token_nats(model, batch["ids"], labels, segment=self.segment, seqs=batch.get("seqs"))
+            segment = self.segment or max(1, labels.shape[1])
+            nats = long_token_nats(model, batch["ids"], labels, segment=segment, seqs=batch.get("seqs"))
         else:
             nats = torch.nn.functional.cross_entropy(
                 self.logits(batch).float().flatten(0, -2),

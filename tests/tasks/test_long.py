@@ -15,6 +15,7 @@ import ssm_modal
 from ssm_modal.backbone import Backbone, BackboneConfig
 from ssm_modal.cli.main import main
 from ssm_modal.datamodules.synthetic import SyntheticDataModule
+from ssm_modal.heads import long_loss
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers import BidirectionalConfig, MambaConfig
 from ssm_modal.tasks import LanguageModelling, SyntheticTask
@@ -170,9 +171,17 @@ def test_packed_batches() -> None:
             assert_close(g, w, 1e-10)
 
 
-def test_predictions_by_segments() -> None:
+@pytest.mark.parametrize("option", [{"segment": 5}, {"recompute": "blocks"}])
+def test_predictions_without_all_logits(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     batch = TinyData(uneven=True).val_batch(1, 0, 1)
-    plain, long = (language(**o).eval().predict_step(batch, 0) for o in ({}, {"segment": 5}))
+    plain = language().eval().predict_step(batch, 0)
+    monkeypatch.setattr(long_loss, "default_chunk", lambda vocab_size, device: 4)
+    task = language(**option).eval()
+    rows: list[int] = []
+    task.model.head.register_forward_hook(lambda head, given, out: rows.append(out.shape[0]))
+    long = task.predict_step(batch, 0)
+    assert max(rows) <= 4
+    assert sum(rows) == batch["ids"].numel()
     assert plain.keys() == long.keys()
     torch.testing.assert_close(long["nats"], plain["nats"])
     assert torch.equal(long["labels"], plain["labels"])
