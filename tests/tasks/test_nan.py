@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ssm_modal.cli.main import main
+from tests.tasks.processes import run
 from tests.tasks.tiny import assert_same, command, load, weights
 
 
@@ -37,6 +38,22 @@ class Poison(Callback):
             pl_module.get_parameter(self.where).register_hook(spoil)
         else:
             pl_module.get_submodule(self.where).register_forward_hook(lambda m, i, out: spoil(out))
+
+
+class InfiniteLoss(Callback):
+    """On process `rank` the loss of training batch `batch` is infinite, though its gradient is finite; each
+    process writes down what stops it."""
+
+    def __init__(self, batch: int, rank: int) -> None:
+        self.batch, self.rank = batch, rank
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if (trainer.global_rank, batch) == (self.rank, self.batch):
+            loss.data.fill_(torch.inf)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        Path(trainer.default_root_dir, f"stopped-{trainer.global_rank}").write_text(str(exception))
 
 
 def poison(**init: Any) -> dict[str, str]:
@@ -126,6 +143,19 @@ def test_weights_stay_where_the_step_was_left_out(tmp_path: Path, every: int) ->
     for key, value in second.items():
         assert torch.equal(third[key], value)
         assert not torch.equal(first[key], value)
+
+
+@pytest.mark.slow
+@FUSED
+def test_no_process_takes_a_step_that_another_finds_broken(tmp_path: Path, fused: str) -> None:
+    own = "{class_path: tests.tasks.test_nan.InfiniteLoss, init_args: {batch: 3, rank: 1}}"
+    options = {"trainer.callbacks": f"[{own}]", "model.optimizer.fused": fused}
+    options |= {"trainer.strategy": "ddp", "trainer.devices": 2}
+    assert run(command(tmp_path / "run", max_steps=6, **options), ranks=2) == [1, 1]
+    assert load(tmp_path / "run")["global_step"] == 2
+    first, second = ((tmp_path / "run" / f"stopped-{rank}").read_text() for rank in (0, 1))
+    assert first.startswith("the loss of another process is not finite at step 3, its message says more")
+    assert second.startswith("the loss is inf at step 3 (batch 3)")
 
 
 class LastWeights(Callback):

@@ -89,6 +89,9 @@ class StopOnNonFinite(Callback):
             checked = losses.sum()
         else:
             checked = losses.sum() + norm
+        if trainer.world_size > 1:
+            # All processes leave a step out or none does, which would wait for the others at the next one.
+            torch.distributed.all_reduce(checked)
         pl_module.log("grad_norm", norm.float())
         names = [name for name, _ in named]
         step = _Step(trainer.global_step + 1, window, losses, names, norms, checked)
@@ -146,10 +149,14 @@ class StopOnNonFinite(Callback):
                 seen = first_nonfinite(trainer, module, counter, batch)
                 return f"the loss is {loss} {where} (batch {counter}); it first showed in {seen}; {advice}"
         broken = [name for name, norm in zip(step.names, step.norms) if not norm.isfinite()]
+        several = trainer.world_size > 1
+        if several and not broken:
+            return f"the loss of another process is not finite {where}, its message says more; {advice}"
         # The gradient comes from the loss's side: the last parameter in forward order was reached first.
         seen = (
             f"the gradient of {broken[-1]} ({len(broken)} in all)" if broken else "the norm of all gradients"
         )
+        where += ", in this process," if several else ""
         return f"the loss is finite {where} but the gradient is not; it first showed in {seen}; {advice}"
 
 
