@@ -17,51 +17,51 @@ from ssm_modal.kernels.sequences import Sequences
 
 # Sequences are walked through in one pass where there are this many warps a multiprocessor without cutting
 # time, about as many as its registers hold.
-SERIAL_WARPS = 16
+SERIAL_WARPS = 32
 
 
 @dataclass(frozen=True)
 class ScanLaunch:
-    """Launch parameters of forward and backward.
+    """Launch parameters of forward and backward. A program is one warp.
 
     chunk_size: steps between saved states. serial: the forward walks through a sequence in one pass.
-    run_length: chunks a run of the carry. fwd_block, fwd_warps: channels and warps of a program that sweeps
-    states only or makes outputs; fwd_registers, serial_registers: registers a thread may take there, None to
-    leave that to the assembler. bwd_block, bwd_warps: as forward, for the gradients; bwd_steps: steps whose
-    states are rebuilt in registers at a time; bwd_splits: programs that share the channels of one group and
-    chunk, each with its own partial sum of dB and dC and a scratch of chunk_size / bwd_steps states.
+    run_length: chunks a run of the carry. block: channels of a program. fwd_steps: steps whose rows are
+    loaded together; bwd_steps: steps whose states are rebuilt in registers at a time. fwd_registers,
+    serial_registers, bwd_registers: registers a thread may take, None to leave that to the assembler.
+    bwd_splits: programs that share the channels of one group and chunk, each with its own partial sum of dB
+    and dC and a scratch of chunk_size / bwd_steps states.
     """
 
     chunk_size: int
     serial: bool
     run_length: int
-    fwd_block: int
-    fwd_warps: int
+    block: int
+    fwd_steps: int
     fwd_registers: int | None
     serial_registers: int | None
-    bwd_block: int
-    bwd_warps: int
     bwd_steps: int
+    bwd_registers: int | None
     bwd_splits: int
 
 
-# (d_state up to, chunk size, fwd_block, fwd_warps, fwd_registers, serial_registers, bwd_block, bwd_warps,
-# bwd_steps). A thread holds 16 states (8 in the gradients) or fewer; all rows compile for sm_90 without a
-# spill, which tests/kernels/test_aot.py keeps so.
-SHIPPED: tuple[tuple[int, int, int, int, int | None, int | None, int, int, int], ...] = (
-    (1, 64, 32, 1, 96, 128, 64, 1, 4),
-    (2, 64, 32, 1, 96, 128, 64, 1, 2),
-    (4, 64, 32, 1, 96, 128, 64, 1, 2),
-    (8, 64, 32, 1, 96, 128, 32, 1, 2),
-    (16, 64, 32, 1, 96, 128, 32, 1, 2),
-    (32, 128, 32, 2, None, None, 16, 2, 2),
-    (64, 256, 32, 4, None, None, 16, 4, 2),
-    (128, 256, 32, 8, None, None, 8, 4, 2),
-    (256, 256, 16, 8, None, None, 8, 8, 2),
+# (d_state up to, chunk size, block, fwd_steps, fwd_registers, serial_registers, bwd_steps,
+# bwd_registers). A thread
+# holds 16 states or fewer; all rows compile for sm_90 without a spill, which tests/kernels/test_aot.py keeps
+# so.
+SHIPPED: tuple[tuple[int, int, int, int, int | None, int | None, int, int | None], ...] = (
+    (1, 64, 32, 8, 96, 128, 4, None),
+    (2, 64, 32, 8, 96, 128, 4, None),
+    (4, 64, 32, 8, 96, 128, 4, None),
+    (8, 64, 32, 8, 88, 128, 4, None),
+    (16, 64, 32, 8, 152, 192, 2, None),
+    (32, 128, 16, 4, 128, 168, 1, None),
+    (64, 256, 8, 4, 128, 168, 1, None),
+    (128, 256, 2, 4, 128, 168, 1, None),
+    (256, 256, 2, 4, 128, 224, 1, None),
 )
 
-# Gradient programs wanted on a multiprocessor, two rounds of what it holds, before channels share one.
-BWD_PROGRAMS = 16
+# Gradient programs wanted on a multiprocessor, four rounds of what it holds, before channels share one.
+BWD_PROGRAMS = 32
 
 
 def padded_state(d_state: int) -> int:
@@ -90,32 +90,31 @@ def scan_launch(
 ) -> ScanLaunch:
     """The launch for inputs (batch, length, d_inner), `groups` groups of B and C, packed with `seqs`."""
     row = next(row for row in SHIPPED if d_state <= row[0])
-    _, chunk, fwd_block, fwd_warps, fwd_registers, serial_registers, bwd_block, bwd_warps, steps = row
+    _, chunk, block, fwd_steps, fwd_registers, serial_registers, bwd_steps, bwd_registers = row
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else 132
     rows = batch if seqs is None else seqs.n
     longest = length if seqs is None else max(seqs.lengths)
     group_channels = max(1, d_inner // groups)
-    warps = rows * groups * -(-group_channels // fwd_block) * fwd_warps
+    warps = rows * groups * -(-group_channels // block)
     # Packed sequences of very unequal length leave a serial launch waiting for the longest.
     even = seqs is None or longest * rows <= 2 * length
     serial = longest <= chunk or (even and warps >= SERIAL_WARPS * multiprocessors)
     chunks = boundaries_shape(
         batch, length, d_inner, d_state, groups, None if seqs is None else seqs.lengths
     )[0]
-    blocks = -(-group_channels // bwd_block)
-    wanted = BWD_PROGRAMS * multiprocessors // bwd_warps
+    blocks = -(-group_channels // block)
+    wanted = BWD_PROGRAMS * multiprocessors
     splits = min(blocks, -(-wanted // max(1, chunks * groups)))
     return ScanLaunch(
         chunk_size=chunk,
         serial=serial,
         run_length=128,
-        fwd_block=fwd_block,
-        fwd_warps=fwd_warps,
+        block=block,
+        fwd_steps=fwd_steps,
         fwd_registers=fwd_registers,
         serial_registers=serial_registers,
-        bwd_block=bwd_block,
-        bwd_warps=bwd_warps,
-        bwd_steps=steps,
+        bwd_steps=bwd_steps,
+        bwd_registers=bwd_registers,
         bwd_splits=splits,
     )
 
@@ -136,11 +135,11 @@ def boundaries_shape(
     lengths: Sequence[int] | None,
     chunk_size: int | None = None,
 ) -> tuple[int, int, int]:
-    """Shape of the states the forward saves for the backward: (chunks, d_inner, d_state).
+    """Shape of the states the forward saves for the backward: (chunks, d_state, d_inner).
 
     `lengths`: those of packed sequences, or None. `chunk_size` overrides the table's.
     """
     size = chunk_size_for(d_state) if chunk_size is None else chunk_size
     if lengths is None:
-        return batch * -(-length // size), d_inner, d_state
-    return sum(-(-n // size) for n in lengths), d_inner, d_state
+        return batch * -(-length // size), d_state, d_inner
+    return sum(-(-n // size) for n in lengths), d_state, d_inner

@@ -18,7 +18,7 @@ from ssm_modal.kernels.checks import (
     recording,
     state_dtype,
 )
-from ssm_modal.kernels.custom_ops import goes_straight
+from ssm_modal.kernels.custom_ops import goes_straight, written
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.precision import without_autocast
 
@@ -97,6 +97,7 @@ def selective_scan_step_(
         state.copy_(new)
         return out
     if goes_straight(given):
+        written("selective_scan_step_", "state", state)
         return _triton_(*given, delta_softplus)
     return torch.ops.ssm_modal.selective_scan_step_(*given, delta_softplus)
 

@@ -11,7 +11,7 @@ With g_t the gradient of the loss in h_t, dy_t that in the output before the gat
 2. `triton_common.carry`, from the last chunk to the first: the gradient of the state leaving each chunk.
 3. `grad_kernel`: a chunk sweeps forward from its saved state and keeps every STEPS-th state in a scratch that
    is read back soon after; then, from the last STEPS steps to the first, rebuilds the states in registers and
-   takes the gradients.
+   takes the gradients. The sums over channels for dB and dC are those of `channel_sum.py`.
 
 Nothing is divided by a decay and nothing is atomic: dB and dC come as partial sums over blocks of channels,
 dA, dD and the bias as partial sums over chunks, added up afterwards, so the result is the same in every run.
@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.scan.channel_sum import add_row, channel_sum_assembly, over_channels
 from ssm_modal.kernels.scan.launch import ScanLaunch, padded_state, scan_launch, shipped_launches
 from ssm_modal.kernels.scan.triton_common import (
     EXTENTS,
@@ -38,25 +39,34 @@ from ssm_modal.kernels.scan.triton_common import (
     chunk_range,
     last_contiguous,
     load_row,
+    load_states,
     on_its_device,
     row_offset,
-    sigmoid,
+    state_block,
+    state_tile,
     time_step,
     trips,
     wide_offsets,
     widen,
 )
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.triton_math import NVIDIA, sigmoid
 
 
 @triton.jit
-def gated(dout, z, GATED: tl.constexpr):
-    """Gradient in the output before the gate."""
-    dy = dout.to(tl.float32)
-    if GATED:
-        z = z.to(tl.float32)
-        dy *= z * sigmoid(z)
-    return dy
+def again(x):
+    """x (fp32 or int32), of which the compiler does not know that it has seen it before."""
+    if NVIDIA:
+        if x.dtype == tl.int32:
+            return tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1
+            )
+    else:
+        return x
 
 
 @triton.jit(do_not_specialize=EXTENTS)
@@ -64,10 +74,10 @@ def chunk_grad_kernel(
     dout_ptr,  # (batch, length, d_inner)
     z_ptr,  # (batch, length, d_inner) or None
     delta_ptr,  # (batch, length, d_inner)
-    a_ptr,  # (d_inner, d_state) fp32
+    a_ptr,  # (d_state, d_inner) fp32
     c_ptr,  # (batch, length, groups, d_state)
     bias_ptr,  # (d_inner,) fp32 or None
-    grads_ptr,  # out: (chunks, d_inner, d_state) fp32
+    grads_ptr,  # out: (chunks, d_state, d_inner) fp32
     sums_ptr,  # out: (chunks, d_inner) fp32
     start_ptr,  # packed: (chunks,) int64
     end_ptr,
@@ -92,19 +102,21 @@ def chunk_grad_kernel(
     REVERSE: tl.constexpr,
     WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FULL_D: tl.constexpr,
+    FULL_N: tl.constexpr,
 ):
     """One program a chunk and channel block; steps are walked against the direction of the scan."""
     pid = tl.program_id(0)
-    group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
+    group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D, FULL_D)
     row, start, end = chunk_range(pid // blocks, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
     chunk = (pid // blocks).to(tl.int64)
     group = group.to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
-    mask_n = n < d_state
+    n, mask_n = state_block(d_state, BLOCK_N, FULL_N)
     mask = mask_n[:, None] & mask_d[None, :]
-    tile = d[None, :].to(tl.int64) * d_state + n[:, None]
+    tile = state_tile(n, d, d_inner)
     rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
     bias = tl.zeros([BLOCK_D], tl.float32)
     if bias_ptr is not None:
@@ -123,27 +135,27 @@ def chunk_grad_kernel(
 
     g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
-    zero = count * 0
-    y0 = load_row(dout_ptr, zero, dout_time, d, mask_d, WIDE)
-    x0 = load_row(delta_ptr, zero, delta_time, d, mask_d, WIDE)
-    c0 = load_row(c_ptr, zero, c_time, n, mask_n, WIDE)
-    z0 = y0
-    if z_ptr is not None:
-        z0 = load_row(z_ptr, zero, z_time, d, mask_d, WIDE)
-    for i in range(trips(count)):
-        ahead = zero + (i + 1) * step
-        has = i + 1 < count
-        y1 = load_row(dout_ptr, ahead, dout_time, d, mask_d & has, WIDE)
-        x1 = load_row(delta_ptr, ahead, delta_time, d, mask_d & has, WIDE)
-        c1 = load_row(c_ptr, ahead, c_time, n, mask_n & has, WIDE)
-        z1 = y1
-        if z_ptr is not None:
-            z1 = load_row(z_ptr, ahead, z_time, d, mask_d & has, WIDE)
-        dt = time_step(x0, bias, mask_d, SOFTPLUS)
-        dy = gated(y0, z0, z_ptr is not None)
-        total += dt
-        g = tl.exp2(rate * dt[None, :]) * (g + c0.to(tl.float32)[:, None] * dy[None, :])
-        y0, x0, c0, z0 = y1, x1, c1, z1
+    for first in range(0, trips(count), STEPS):
+        dys = ()
+        xs = ()
+        zs = ()
+        for j in tl.static_range(STEPS):
+            at = tl.minimum(first + j, count - 1) * step
+            # A row beyond the end is 0, so its step adds nothing; its dt is 0, so it changes nothing.
+            dys += (load_row(dout_ptr, at, dout_time, d, mask_d & (first + j < count), WIDE),)
+            xs += (load_row(delta_ptr, at, delta_time, d, mask_d, WIDE),)
+            if z_ptr is not None:
+                zs += (load_row(z_ptr, at, z_time, d, mask_d, WIDE),)
+        for j in tl.static_range(STEPS):
+            at = tl.minimum(first + j, count - 1) * step
+            c = load_states(c_ptr, at, c_time, n, mask_n)
+            dt = time_step(xs[j], bias, first + j < count, SOFTPLUS)
+            dy = dys[j].to(tl.float32)
+            if z_ptr is not None:
+                z = zs[j].to(tl.float32)
+                dy *= z * sigmoid(z)
+            total += dt
+            g = tl.exp2(rate * dt[None, :]) * (g + c[:, None] * dy[None, :])
     tl.store(grads_ptr + chunk * d_inner * d_state + tile, g, mask=mask)
     tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
 
@@ -153,15 +165,15 @@ def grad_kernel(
     dout_ptr,  # (batch, length, d_inner)
     u_ptr,  # (batch, length, d_inner)
     delta_ptr,  # (batch, length, d_inner)
-    a_ptr,  # (d_inner, d_state) fp32
+    a_ptr,  # (d_state, d_inner) fp32
     b_ptr,  # (batch, length, groups, d_state)
     c_ptr,  # (batch, length, groups, d_state)
     skip_ptr,  # D: (d_inner,) fp32 or None
     z_ptr,  # (batch, length, d_inner) or None
     bias_ptr,  # (d_inner,) fp32 or None
-    states_ptr,  # (chunks, d_inner, d_state) fp32: state entering each chunk
-    grads_ptr,  # (chunks, d_inner, d_state) fp32: gradient of the state leaving a chunk; becomes its dA
-    scratch_ptr,  # (programs, subs, BLOCK_D, BLOCK_N) fp32, a program's own
+    states_ptr,  # (chunks, d_state, d_inner) fp32: state entering each chunk
+    grads_ptr,  # (chunks, d_state, d_inner) fp32: gradient of the state leaving a chunk; becomes its dA
+    scratch_ptr,  # (programs, subs, BLOCK_N, BLOCK_D) fp32, a program's own
     du_ptr,  # out: (batch, length, d_inner), contiguous
     ddelta_ptr,  # out: (batch, length, d_inner), contiguous
     db_ptr,  # out: (splits, batch, length, groups, d_state) fp32
@@ -202,16 +214,22 @@ def grad_kernel(
     WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
+    SUM: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FULL_D: tl.constexpr,
+    FULL_N: tl.constexpr,
 ):
     """One program a chunk, group and share of the group's channel blocks, which it takes in turn."""
     pid = tl.program_id(0)
-    n = tl.arange(0, BLOCK_N)
-    mask_n = n < d_state
+    n, mask_n = state_block(d_state, BLOCK_N, FULL_N)
     size = d_inner.to(tl.int64) * d_state
     bc_time = groups * d_state
-    local = tl.arange(0, BLOCK_D)[:, None] * BLOCK_N + n[None, :]
+    lane = tl.arange(0, BLOCK_D)
+    # The scratch is aligned, but the rows of a tile must lie across lanes as they do everywhere else.
+    local = tl.multiple_of(n[:, None] * BLOCK_D + lane[None, :], [1, 1])
+    local = tl.max_contiguous(local, [1, 2])
     scratch_ptr += pid.to(tl.int64) * subs * (BLOCK_D * BLOCK_N)
     split = pid % splits
     group_index = (pid // splits) % groups
@@ -233,9 +251,9 @@ def grad_kernel(
     own_blocks = tl.minimum(blocks_per_split, blocks_per_group - first_block)
     for r in range(trips(own_blocks)):
         block = group_index * blocks_per_group + first_block + r
-        _, d, mask_d = channel_block(block, group_channels, blocks_per_group, BLOCK_D)
-        mask = mask_d[:, None] & mask_n[None, :]
-        tile = d[:, None].to(tl.int64) * d_state + n[None, :]
+        _, d, mask_d = channel_block(block, group_channels, blocks_per_group, BLOCK_D, FULL_D)
+        mask = mask_n[:, None] & mask_d[None, :]
+        tile = state_tile(n, d, d_inner)
         rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
         bias = tl.zeros([BLOCK_D], tl.float32)
         if bias_ptr is not None:
@@ -263,86 +281,110 @@ def grad_kernel(
                 at = tl.minimum(i, count - 1) * step
                 u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
                 x = load_row(delta_row, at, delta_time, d, mask_d, WIDE)
-                b = load_row(b_row, at, b_time, n, mask_n, WIDE).to(tl.float32)
+                b = load_states(b_row, at, b_time, n, mask_n)
                 dt = time_step(x, bias, i < count, SOFTPLUS)
-                h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
-        # Lanes may read what others wrote.
-        tl.debug_barrier()
+                h = tl.exp2(rate * dt[None, :]) * h + b[:, None] * (dt * u)[None, :]
 
         # Back again. Steps beyond the end stand at the last step with dt and dy of 0: they change no state,
-        # add 0 to dB and dC, write dz a second time alike, and what they write of du and ddelta the last step
-        # overwrites.
+        # add 0, and store nothing.
         g = tl.load(grads_ptr + chunk * size + tile, mask=mask, other=0.0)
-        da = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+        da = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dskip = tl.zeros([BLOCK_D], tl.float32)
         dbias = tl.zeros([BLOCK_D], tl.float32)
         for back in range(trips(own_subs)):
             s = own_subs - 1 - back
             h = tl.load(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local)
+            us = ()
+            xs = ()
+            douts = ()
+            zs = ()
+            for j in tl.static_range(STEPS):
+                at = tl.minimum(s * STEPS + j, count - 1) * step
+                us += (load_row(u_row, at, u_time, d, mask_d, WIDE),)
+                xs += (load_row(delta_row, at, delta_time, d, mask_d, WIDE),)
+                douts += (load_row(dout_row, at, dout_time, d, mask_d, WIDE),)
+                if z_ptr is not None:
+                    zs += (load_row(z_row, at, z_time, d, mask_d, WIDE),)
             before = ()
+            dts = ()
+            dys = ()
+            dzs = ()
+            dcs = ()
             for j in tl.static_range(STEPS):
                 i = s * STEPS + j
                 at = tl.minimum(i, count - 1) * step
-                u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
-                x = load_row(delta_row, at, delta_time, d, mask_d, WIDE)
-                b = load_row(b_row, at, b_time, n, mask_n, WIDE).to(tl.float32)
-                dy = load_row(dout_row, at, dout_time, d, mask_d, WIDE).to(tl.float32)
-                dt = time_step(x, bias, i < count, SOFTPLUS)
+                b = load_states(b_row, at, b_time, n, mask_n)
+                u = us[j].to(tl.float32)
+                dt = time_step(xs[j], bias, i < count, SOFTPLUS)
                 before += (h,)
-                h = tl.exp2(rate * dt[:, None]) * h + b[None, :] * (dt * u)[:, None]
+                dts += (dt,)
+                h = tl.exp2(rate * dt[None, :]) * h + b[:, None] * (dt * u)[None, :]
+                dy = douts[j].to(tl.float32)
                 if z_ptr is not None:
-                    c = load_row(c_row, at, c_time, n, mask_n, WIDE).to(tl.float32)
-                    z = load_row(z_row, at, z_time, d, mask_d, WIDE).to(tl.float32)
+                    c = load_states(c_row, at, c_time, n, mask_n)
+                    z = zs[j].to(tl.float32)
                     gate = sigmoid(z)
-                    y = tl.sum(h * c[None, :], axis=1) + skip * u
-                    dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
+                    y = tl.sum(h * c[:, None], axis=0) + skip * u
+                    dzs += (dy * y * (gate * (1.0 + z * (1.0 - gate))),)
                     dy *= z * gate
-                    tl.store(
-                        dz_row + row_offset(at, d_inner, d, WIDE), dz.to(dz_ptr.dtype.element_ty), mask=mask_d
-                    )
                 dy = tl.where(i < count, dy, 0.0)
+                dys += (dy,)
                 dskip += dy * u
-                dc = tl.sum(h * dy[:, None], axis=0)
-                bc = row_offset(at, bc_time, n, WIDE)
-                dc += tl.load(dc_row + bc, mask=mask_n & (r > 0), other=0.0)
-                tl.store(dc_row + bc, dc, mask=mask_n & (i < count))
+                dcs += (over_channels(h * dy[None, :], lane, SUM, CONSTRAINTS, BLOCK_N),)
+            for j in tl.static_range(STEPS):
+                i = s * STEPS + j
+                at = tl.minimum(i, count - 1) * step
+                valid = i < count
+                add_row(
+                    dc_row, at, bc_time, dcs[j], n, lane, d_state, r > 0, valid, SUM, WIDE, BLOCK_N, BLOCK_D
+                )
+                if z_ptr is not None:
+                    here = dz_row + row_offset(at, d_inner, d, WIDE)
+                    tl.store(here, dzs[j].to(dz_ptr.dtype.element_ty), mask=mask_d & valid)
+            dus = ()
+            ddeltas = ()
+            dbs = ()
             for jj in tl.static_range(STEPS):
                 i = s * STEPS + (STEPS - 1 - jj)
                 at = tl.minimum(i, count - 1) * step
-                u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
-                x = load_row(delta_row, at, delta_time, d, mask_d, WIDE)
-                b = load_row(b_row, at, b_time, n, mask_n, WIDE).to(tl.float32)
-                c = load_row(c_row, at, c_time, n, mask_n, WIDE).to(tl.float32)
-                dy = load_row(dout_row, at, dout_time, d, mask_d, WIDE).to(tl.float32)
-                if z_ptr is not None:
-                    z = load_row(z_row, at, z_time, d, mask_d, WIDE).to(tl.float32)
-                    dy *= z * sigmoid(z)
-                dy = tl.where(i < count, dy, 0.0)
-                dt = time_step(x, bias, i < count, SOFTPLUS)
-                g += c[None, :] * dy[:, None]
-                db = tl.sum(g * (dt * u)[:, None], axis=0)
-                gb = tl.sum(g * b[None, :], axis=1)
-                g *= tl.exp2(rate * dt[:, None])
+                b = load_states(b_row, at, b_time, n, mask_n)
+                c = load_states(c_row, at, c_time, n, mask_n)
+                u = us[STEPS - 1 - jj].to(tl.float32)
+                dt = dts[STEPS - 1 - jj]
+                dy = dys[STEPS - 1 - jj]
+                g += c[:, None] * dy[None, :]
+                dbs += (over_channels(g * (dt * u)[None, :], lane, SUM, CONSTRAINTS, BLOCK_N),)
+                gb = tl.sum(g * b[:, None], axis=0)
+                # The decays once more: kept, they would take STEPS registers a state.
+                g *= tl.exp2(rate * again(dt)[None, :])
                 # g is now the gradient of the state before this step.
-                q = g * before[STEPS - 1 - jj]
-                da += q * dt[:, None]
-                ddelta = gb * u + tl.sum(q * rate, axis=1) * LN2
+                if jj == STEPS - 1:
+                    q = g * tl.load(scratch_ptr + s * (BLOCK_D * BLOCK_N) + local)
+                else:
+                    q = g * before[STEPS - 1 - jj]
+                da += q * dt[None, :]
+                ddelta = gb * u + tl.sum(q * rate, axis=0) * LN2
                 if SOFTPLUS:
-                    ddelta *= sigmoid(x.to(tl.float32) + bias)
+                    ddelta *= sigmoid(xs[STEPS - 1 - jj].to(tl.float32) + bias)
                 dbias += tl.where(i < count, ddelta, 0.0)
+                dus += (gb * dt + skip * dy,)
+                ddeltas += (ddelta,)
+            for jj in tl.static_range(STEPS):
+                i = s * STEPS + (STEPS - 1 - jj)
+                at = tl.minimum(i, count - 1) * step
+                valid = i < count
                 here = row_offset(at, d_inner, d, WIDE)
-                tl.store(du_row + here, (gb * dt + skip * dy).to(du_ptr.dtype.element_ty), mask=mask_d)
-                tl.store(ddelta_row + here, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask_d)
-                bc = row_offset(at, bc_time, n, WIDE)
-                db += tl.load(db_row + bc, mask=mask_n & (r > 0), other=0.0)
-                tl.store(db_row + bc, db, mask=mask_n)
-        tl.store(grads_ptr + chunk * size + tile, da, mask=mask)
+                tl.store(du_row + here, dus[jj].to(du_ptr.dtype.element_ty), mask=mask_d & valid)
+                tl.store(ddelta_row + here, ddeltas[jj].to(ddelta_ptr.dtype.element_ty), mask=mask_d & valid)
+                add_row(
+                    db_row, at, bc_time, dbs[jj], n, lane, d_state, r > 0, valid, SUM, WIDE, BLOCK_N, BLOCK_D
+                )
+        # Kept over the loops, the addresses of the tile would take two registers a state.
+        tl.store(grads_ptr + chunk * size + state_tile(n, again(d), d_inner), da, mask=mask)
         if dskip_ptr is not None:
             tl.store(dskip_ptr + chunk * d_inner + d, dskip, mask=mask_d)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + chunk * d_inner + d, dbias, mask=mask_d)
-        # The next block adds to the same dB and dC and fills the same scratch.
-        tl.debug_barrier()
 
 
 @on_its_device
@@ -380,18 +422,20 @@ def selective_scan_bwd(
     if launch is None:
         launch = scan_launch(batch, length, d_inner, groups, d_state, u.device, seqs)
     chunk_size = launch.chunk_size
-    exit_grad = None if dfinal_state is None else dfinal_state.contiguous()
+    exit_grad = None if dfinal_state is None else dfinal_state.transpose(1, 2).contiguous()
     if u.numel() == 0:
         dinitial = None
         if initial_state is not None:
             dinitial = (
-                initial_state.new_zeros(rows, d_inner, d_state) if exit_grad is None else exit_grad.clone()
+                initial_state.new_zeros(rows, d_inner, d_state)
+                if dfinal_state is None
+                else dfinal_state.clone().contiguous()
             )
         plain = [None if x is None else x.new_zeros(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias)]
         return (*plain, dinitial)  # type: ignore[return-value]
 
     dtype_b, dtype_c = B.dtype, C.dtype
-    u, delta, dout, A = last_contiguous(u), last_contiguous(delta), last_contiguous(dout), A.contiguous()
+    u, delta, dout, A = last_contiguous(u), last_contiguous(delta), last_contiguous(dout), A.t().contiguous()
     z = None if z is None else last_contiguous(z)
     D = None if D is None else D.contiguous()
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
@@ -411,13 +455,15 @@ def selective_scan_bwd(
         "WIDE": wide_offsets(chunk_size, *rows_apart),
         "CHUNK": chunk_size,
         "BLOCK_N": padded_state(d_state),
+        "FULL_D": group_channels % launch.block == 0,
+        "FULL_N": padded_state(d_state) == d_state,
     }
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
-    grads, sums = empty(chunks, d_inner, d_state), empty(chunks, d_inner)
-    blocks_per_group = triton.cdiv(group_channels, launch.fwd_block)
+    grads, sums = empty(chunks, d_state, d_inner), empty(chunks, d_inner)
+    blocks_per_group = triton.cdiv(group_channels, launch.block)
     blocks = groups * blocks_per_group
     chunk_grad_kernel[(chunks * blocks,)](
         dout,
@@ -445,8 +491,9 @@ def selective_scan_bwd(
         group_channels,
         blocks_per_group,
         blocks,
-        BLOCK_D=launch.fwd_block,
-        num_warps=launch.fwd_warps,
+        STEPS=launch.fwd_steps,
+        BLOCK_D=launch.block,
+        num_warps=1,
         maxnreg=launch.fwd_registers,
         **options,
     )
@@ -467,13 +514,14 @@ def selective_scan_bwd(
     dz = None if z is None else torch.empty_like(du)
     dskip = None if D is None else sums
     dbias = None if delta_bias is None else empty(chunks, d_inner)
-    blocks_per_group = triton.cdiv(group_channels, launch.bwd_block)
+    blocks_per_group = triton.cdiv(group_channels, launch.block)
     blocks_per_split = triton.cdiv(blocks_per_group, launch.bwd_splits)
     splits = triton.cdiv(blocks_per_group, blocks_per_split)
     partial_b, partial_c = (empty(splits, batch, length, groups, d_state) for _ in range(2))
     items = chunks * groups * splits
     subs = triton.cdiv(min(chunk_size, length), launch.bwd_steps)
-    scratch = empty(items, subs, launch.bwd_block, padded_state(d_state))
+    scratch = empty(items, subs, padded_state(d_state), launch.block)
+    channel_sum, constraints = channel_sum_assembly(padded_state(d_state), launch.block)
     grad_kernel[(items,)](
         dout,
         u,
@@ -521,20 +569,23 @@ def selective_scan_bwd(
         splits,
         subs,
         STEPS=launch.bwd_steps,
-        BLOCK_D=launch.bwd_block,
-        num_warps=launch.bwd_warps,
+        SUM=channel_sum,
+        CONSTRAINTS=constraints,
+        BLOCK_D=launch.block,
+        num_warps=1,
+        maxnreg=launch.bwd_registers,
         **options,
     )
     return (
         du,
         ddelta,
-        grads.sum(0),
+        grads.sum(0).t().contiguous(),
         (partial_b[0] if splits == 1 else partial_b.sum(0)).to(dtype_b),
         (partial_c[0] if splits == 1 else partial_c.sum(0)).to(dtype_c),
         None if dskip is None else dskip.sum(0),
         dz,
         None if dbias is None else dbias.sum(0),
-        None if initial_state is None else dinitial,
+        None if initial_state is None else dinitial.transpose(1, 2).contiguous(),
     )
 
 
@@ -572,8 +623,11 @@ def aot_cases() -> list[AotCase]:
                 "REVERSE": packed,
                 "WIDE": False,
                 "CHUNK": launch.chunk_size,
-                "BLOCK_D": launch.fwd_block,
+                "STEPS": launch.fwd_steps,
+                "BLOCK_D": launch.block,
                 "BLOCK_N": padded_state(d_state),
+                "FULL_D": not packed,
+                "FULL_N": True,
             }
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
             own = {p.name: args[p.name] for p in chunk_grad_kernel.params}
@@ -582,7 +636,7 @@ def aot_cases() -> list[AotCase]:
                     chunk_grad_kernel,
                     label,
                     own,
-                    num_warps=launch.fwd_warps,
+                    num_warps=1,
                     maxnreg=launch.fwd_registers,
                     minor=minor,
                 )
@@ -590,13 +644,18 @@ def aot_cases() -> list[AotCase]:
             args |= dict.fromkeys(("skip_ptr", "states_ptr", "scratch_ptr", "db_ptr", "dc_ptr"), "*fp32")
             args |= dict.fromkeys(("dskip_ptr", "dbias_ptr"), "*fp32")
             args |= dict.fromkeys(("du_ptr", "ddelta_ptr", "dz_ptr"), f"*{dtype}")
+            channel_sum, constraints = channel_sum_assembly(padded_state(d_state), launch.block)
             args |= {
                 "blocks_per_split": 32,
                 "splits": launch.bwd_splits,
                 "subs": launch.chunk_size // launch.bwd_steps,
                 "STEPS": launch.bwd_steps,
-                "BLOCK_D": launch.bwd_block,
+                "SUM": channel_sum,
+                "CONSTRAINTS": constraints,
+                "BLOCK_D": launch.block,
             }
             own = {p.name: args[p.name] for p in grad_kernel.params}
-            cases.append(AotCase(grad_kernel, label, own, num_warps=launch.bwd_warps, minor=minor))
+            cases.append(
+                AotCase(grad_kernel, label, own, num_warps=1, maxnreg=launch.bwd_registers, minor=minor)
+            )
     return cases

@@ -7,7 +7,7 @@ chunk alone (`e` and the sum of dt), the carry over chunks (`carry` below), ever
 entering state.
 
 Chunks are numbered sequence by sequence, in time order: chunk i of row b of a dense batch is `b * n_chunks +
-i`; packed sequences bring a table. Tables of states are (chunks, d_inner, d_state) fp32, contiguous.
+i`; packed sequences bring a table. Tables of states are (chunks, d_state, d_inner) fp32, contiguous.
 """
 
 # Triton kernels are a language of their own, which mypy cannot read.
@@ -27,11 +27,12 @@ from torch import Tensor
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.dispatch import interpreting
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.triton_math import softplus
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Elements of (d_inner, d_state) and warps of one program of the carry.
+# Elements of (d_state, d_inner) and warps of one program of the carry.
 CARRY_BLOCK = 128
 CARRY_WARPS = 2
 
@@ -50,36 +51,21 @@ def trips(n):
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x) in fp32, relatively accurate down to the smallest normal number.
-
-    max(x, 0) + log1p(e) with e = e^-|x| in (0, 1], and log1p(e) = 2 artanh(e / (2 + e)) as a series, which
-    keeps steps below 1e-7 where log(1 + e) loses them and is cheaper than a logarithm. Above torch's
-    threshold of 20 log1p(e) is below half a unit in the last place of x.
-    """
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    s = e / (2.0 + e)
-    q = s * s
-    p = 1.0 / 11.0 + q * (1.0 / 13.0)
-    p = 1.0 / 9.0 + q * p
-    p = 1.0 / 7.0 + q * p
-    p = 1.0 / 5.0 + q * p
-    p = 1.0 / 3.0 + q * p
-    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + q * p)
-
-
-@triton.jit
 def load_row(ptr, i, stride, lanes, mask, WIDE: tl.constexpr):
     """Row i, counted from the row at `ptr`, of an array with a contiguous last axis; 0 where masked.
 
     The offset from `ptr` is 32 bits unless WIDE: 64-bit addresses for every lane and array cost registers.
     """
     return tl.load(ptr + row_offset(i, stride, lanes, WIDE), mask=mask, other=0.0)
+
+
+@triton.jit
+def load_states(ptr, i, stride, n, mask):
+    """Row i of B or C in fp32, the same for all lanes; 0 where masked.
+
+    One 64-bit address a row: the states stand at fixed distances from it.
+    """
+    return tl.load(ptr + i.to(tl.int64) * stride + n, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -100,11 +86,37 @@ def time_step(raw, bias, valid, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def channel_block(block, group_channels, blocks_per_group, BLOCK_D: tl.constexpr):
-    """Group, channels [BLOCK_D] int32 and their mask of a channel block; none spans two groups."""
+def state_tile(n, d, d_inner):
+    """Offsets [N, D] of states n and channels d in a (d_state, d_inner) table.
+
+    Channels are contiguous in memory, so they lie across lanes, and each thread holds all states of its
+    channel (of every q-th state, where the tile has 32 / q channels).
+    """
+    return n[:, None].to(tl.int64) * d_inner + d[None, :]
+
+
+@triton.jit
+def channel_block(block, group_channels, blocks_per_group, BLOCK_D: tl.constexpr, FULL_D: tl.constexpr):
+    """Group, channels [BLOCK_D] int32 and their mask of a channel block; none spans two groups.
+
+    FULL_D: all blocks are full, so that masks cost nothing.
+    """
     group = block // blocks_per_group
     inside = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
-    return group, group * group_channels + inside, inside < group_channels
+    mask = inside < group_channels
+    if FULL_D:
+        mask = tl.full([BLOCK_D], 1, tl.int1)
+    return group, group * group_channels + inside, mask
+
+
+@triton.jit
+def state_block(d_state, BLOCK_N: tl.constexpr, FULL_N: tl.constexpr):
+    """States [BLOCK_N] int32 and their mask; FULL_N: d_state is BLOCK_N."""
+    n = tl.arange(0, BLOCK_N)
+    mask = n < d_state
+    if FULL_N:
+        mask = tl.full([BLOCK_N], 1, tl.int1)
+    return n, mask
 
 
 @triton.jit
@@ -144,11 +156,11 @@ EXTENTS = [
 
 @triton.jit(do_not_specialize=EXTENTS)
 def carry_kernel(
-    states_ptr,  # (chunks, d_inner, d_state): contribution of each chunk; becomes the state entering it
+    states_ptr,  # (chunks, d_state, d_inner): contribution of each chunk; becomes the state entering it
     sums_ptr,  # (chunks, d_inner): sum of dt of each chunk
-    a_ptr,  # (d_inner, d_state)
-    entry_ptr,  # (runs, d_inner, d_state) or None for zeros
-    exit_ptr,  # (runs, d_inner, d_state) or None: the state after each run
+    a_ptr,  # (d_state, d_inner)
+    entry_ptr,  # (runs, d_state, d_inner) or None for zeros
+    exit_ptr,  # (runs, d_state, d_inner) or None: the state after each run
     run_sums_ptr,  # (runs, d_inner) or None: sum of dt over each run
     lo_ptr,  # packed: (runs,) int64, the chunks of a run are [lo, hi)
     hi_ptr,
@@ -163,13 +175,13 @@ def carry_kernel(
     WRITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a run of chunks and block of BLOCK elements of (d_inner, d_state)."""
+    """One program a run of chunks and block of BLOCK elements of (d_state, d_inner)."""
     pid = tl.program_id(0)
     run = (pid // tiles).to(tl.int64)
     size = d_inner.to(tl.int64) * d_state
     e = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
     mask = e < size
-    d = e // d_state
+    d = e % d_inner
     if PACKED:
         lo = tl.load(lo_ptr + run)
         hi = tl.load(hi_ptr + run)
@@ -207,7 +219,7 @@ def carry_kernel(
         tl.store(exit_ptr + run * size + e, h, mask=mask)
     if run_sums_ptr is not None:
         # The elements of one channel hold the same sum; its state 0 writes it.
-        tl.store(run_sums_ptr + run * d_inner + d, total, mask=mask & (e % d_state == 0))
+        tl.store(run_sums_ptr + run * d_inner + d, total, mask=mask & (e < d_inner))
 
 
 def carry(
@@ -224,13 +236,13 @@ def carry(
 ) -> Tensor:
     """Replace each chunk's contribution in `states` by the state entering it; return the last state.
 
-    states: (chunks, d_inner, d_state), sums: (chunks, d_inner), A: (d_inner, d_state), all fp32 contiguous.
-    entry: (batch or sequences, d_inner, d_state) fp32 contiguous, the state entering each sequence, or None
+    states: (chunks, d_state, d_inner), sums: (chunks, d_inner), A: (d_state, d_inner), all fp32 contiguous.
+    entry: (batch or sequences, d_state, d_inner) fp32 contiguous, the state entering each sequence, or None
     for zeros. Returned: the same shape, the state each sequence ends with; an empty one hands `entry`
     through. `descending` walks the chunks from the last to the first. Sequences of more than 2 * run_length
     chunks are carried in runs, in parallel: over each run alone, over the runs, over each run again.
     """
-    n_chunks_all, d_inner, d_state = states.shape
+    n_chunks_all, d_state, d_inner = states.shape
     if seqs is None:
         rows, n_chunks = batch, n_chunks_all // batch
         most = n_chunks
@@ -239,7 +251,7 @@ def carry(
         table = seqs.chunks(chunk_size)
         rows, n_chunks = seqs.n, 0
         most = max(-(-n // chunk_size) for n in seqs.lengths)
-    last = states.new_empty(rows, d_inner, d_state)
+    last = states.new_empty(rows, d_state, d_inner)
 
     def launch(states, sums, entry, last, run_sums, runs, lo, hi, n_chunks, runs_per_row, run_length, write):
         if runs == 0 or d_inner == 0:
@@ -282,7 +294,7 @@ def carry(
         lo = table.first[groups.seq] + inside * run_length
         bounds = (lo, torch.minimum(lo + run_length, table.first[groups.seq + 1]))
         over = (groups.first[:-1], groups.first[1:])
-    run_states = states.new_empty(runs, d_inner, d_state)
+    run_states = states.new_empty(runs, d_state, d_inner)
     run_sums = sums.new_empty(runs, d_inner)
     launch(states, sums, None, run_states, run_sums, runs, *bounds, n_chunks, runs_per_row, run_length, False)
     launch(run_states, run_sums, entry, last, None, rows, *over, runs_per_row, 1, runs_per_row, True)

@@ -1,8 +1,8 @@
 """Triton forward of the selective scan: chunks of time in parallel, sequential inside a chunk.
 
-The tile of states is [BLOCK_N, BLOCK_D] with channels across lanes: one thread holds all states of its
-channel (or a share, where d_state is large and warps split it), a time step reads one coalesced row of each
-input, and the sum over states needs no exchange between lanes.
+A program is one warp and its tile of states [BLOCK_N, BLOCK_D], channels across lanes: up to d_state 16 a
+thread holds all states of its channel, so that a time step reads one coalesced row of each input and the sum
+over states needs no exchange; beyond that, tiles have fewer channels and lanes share one.
 
 1. `chunk_state_kernel`: each chunk entered with zero: the state it ends with and its sum of dt.
 2. `triton_common.carry`: the state entering each chunk.
@@ -39,25 +39,28 @@ from ssm_modal.kernels.scan.triton_common import (
     chunk_range,
     last_contiguous,
     load_row,
+    load_states,
     on_its_device,
     row_offset,
-    sigmoid,
+    state_block,
+    state_tile,
     time_step,
     trips,
     wide_offsets,
     widen,
 )
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.triton_math import sigmoid
 
 
 @triton.jit(do_not_specialize=EXTENTS)
 def chunk_state_kernel(
     u_ptr,  # (batch, length, d_inner)
     delta_ptr,  # (batch, length, d_inner)
-    a_ptr,  # (d_inner, d_state) fp32
+    a_ptr,  # (d_state, d_inner) fp32
     b_ptr,  # (batch, length, groups, d_state)
     bias_ptr,  # (d_inner,) fp32 or None
-    states_ptr,  # out: (chunks, d_inner, d_state) fp32
+    states_ptr,  # out: (chunks, d_state, d_inner) fp32
     sums_ptr,  # out: (chunks, d_inner) fp32
     start_ptr,  # packed: (chunks,) int64
     end_ptr,
@@ -80,18 +83,20 @@ def chunk_state_kernel(
     REVERSE: tl.constexpr,
     WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FULL_D: tl.constexpr,
+    FULL_N: tl.constexpr,
 ):
     """One program a chunk and channel block."""
     pid = tl.program_id(0)
-    group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
+    group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D, FULL_D)
     row, start, end = chunk_range(pid // blocks, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
     chunk = (pid // blocks).to(tl.int64)
     group = group.to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
-    mask_n = n < d_state
-    tile = d[None, :].to(tl.int64) * d_state + n[:, None]
+    n, mask_n = state_block(d_state, BLOCK_N, FULL_N)
+    tile = state_tile(n, d, d_inner)
     mask = mask_n[:, None] & mask_d[None, :]
     rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
     bias = tl.zeros([BLOCK_D], tl.float32)
@@ -106,35 +111,21 @@ def chunk_state_kernel(
     u_ptr += row * u_batch + t * u_time
     delta_ptr += row * delta_batch + t * delta_time
     b_ptr += row * b_batch + t * b_time + group * b_group
-    zero = count * 0
-
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
-    # Rows are loaded two steps ahead of their use. A chunk in the table has at least one step.
-    u0 = load_row(u_ptr, zero, u_time, d, mask_d, WIDE)
-    x0 = load_row(delta_ptr, zero, delta_time, d, mask_d, WIDE)
-    b0 = load_row(b_ptr, zero, b_time, n, mask_n, WIDE)
-    has = count > 1
-    u1 = load_row(u_ptr, zero + step, u_time, d, mask_d & has, WIDE)
-    x1 = load_row(delta_ptr, zero + step, delta_time, d, mask_d & has, WIDE)
-    b1 = load_row(b_ptr, zero + step, b_time, n, mask_n & has, WIDE)
-    for i in range(0, trips(count), 2):
-        ahead = zero + (i + 2) * step
-        has2 = i + 2 < count
-        has3 = i + 3 < count
-        u2 = load_row(u_ptr, ahead, u_time, d, mask_d & has2, WIDE)
-        x2 = load_row(delta_ptr, ahead, delta_time, d, mask_d & has2, WIDE)
-        b2 = load_row(b_ptr, ahead, b_time, n, mask_n & has2, WIDE)
-        u3 = load_row(u_ptr, ahead + step, u_time, d, mask_d & has3, WIDE)
-        x3 = load_row(delta_ptr, ahead + step, delta_time, d, mask_d & has3, WIDE)
-        b3 = load_row(b_ptr, ahead + step, b_time, n, mask_n & has3, WIDE)
-        dt = time_step(x0, bias, mask_d, SOFTPLUS)
-        total += dt
-        h = tl.exp2(rate * dt[None, :]) * h + b0.to(tl.float32)[:, None] * (dt * u0.to(tl.float32))[None, :]
-        dt = time_step(x1, bias, mask_d & (i + 1 < count), SOFTPLUS)
-        total += dt
-        h = tl.exp2(rate * dt[None, :]) * h + b1.to(tl.float32)[:, None] * (dt * u1.to(tl.float32))[None, :]
-        u0, x0, b0, u1, x1, b1 = u2, x2, b2, u3, x3, b3
+    for first in range(0, trips(count), STEPS):
+        us = ()
+        xs = ()
+        for j in tl.static_range(STEPS):
+            at = tl.minimum(first + j, count - 1) * step
+            us += (load_row(u_ptr, at, u_time, d, mask_d, WIDE),)
+            xs += (load_row(delta_ptr, at, delta_time, d, mask_d, WIDE),)
+        for j in tl.static_range(STEPS):
+            at = tl.minimum(first + j, count - 1) * step
+            b = load_states(b_ptr, at, b_time, n, mask_n)
+            dt = time_step(xs[j], bias, first + j < count, SOFTPLUS)
+            total += dt
+            h = tl.exp2(rate * dt[None, :]) * h + b[:, None] * (dt * us[j].to(tl.float32))[None, :]
     tl.store(states_ptr + chunk * d_inner * d_state + tile, h, mask=mask)
     tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
 
@@ -143,16 +134,16 @@ def chunk_state_kernel(
 def output_kernel(
     u_ptr,  # (batch, length, d_inner)
     delta_ptr,  # (batch, length, d_inner)
-    a_ptr,  # (d_inner, d_state) fp32
+    a_ptr,  # (d_state, d_inner) fp32
     b_ptr,  # (batch, length, groups, d_state)
     c_ptr,  # (batch, length, groups, d_state)
     skip_ptr,  # D: (d_inner,) fp32 or None
     z_ptr,  # (batch, length, d_inner) or None
     bias_ptr,  # (d_inner,) fp32 or None
     out_ptr,  # out: (batch, length, d_inner)
-    states_ptr,  # (chunks, d_inner, d_state) fp32: entering states, read; written when SERIAL
-    initial_ptr,  # SERIAL: (sequences, d_inner, d_state) fp32 or None
-    final_ptr,  # SERIAL: out, (sequences, d_inner, d_state) fp32
+    states_ptr,  # (chunks, d_state, d_inner) fp32: entering states, read; written when SERIAL
+    initial_ptr,  # SERIAL: (sequences, d_state, d_inner) fp32 or None
+    final_ptr,  # SERIAL: out, (sequences, d_state, d_inner) fp32
     start_ptr,  # packed: (chunks,) int64; SERIAL: (sequences,) int64
     end_ptr,
     first_ptr,  # packed and SERIAL: (sequences,) int64, first chunk of each sequence
@@ -183,17 +174,19 @@ def output_kernel(
     WIDE: tl.constexpr,
     SERIAL: tl.constexpr,
     CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FULL_D: tl.constexpr,
+    FULL_N: tl.constexpr,
 ):
     """One program a chunk (SERIAL: a sequence) and channel block."""
     pid = tl.program_id(0)
     item = (pid // blocks).to(tl.int64)
-    group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
+    group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D, FULL_D)
     group = group.to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
-    mask_n = n < d_state
-    tile = d[None, :].to(tl.int64) * d_state + n[:, None]
+    n, mask_n = state_block(d_state, BLOCK_N, FULL_N)
+    tile = state_tile(n, d, d_inner)
     mask = mask_n[:, None] & mask_d[None, :]
     size = d_inner.to(tl.int64) * d_state
     if SERIAL:
@@ -249,7 +242,6 @@ def output_kernel(
         t = chunk_start
         if REVERSE:
             t = chunk_end - 1
-        zero = count * 0
         u_row = u_ptr + t * u_time
         delta_row = delta_ptr + t * delta_time
         b_row = b_ptr + t * b_time
@@ -257,60 +249,36 @@ def output_kernel(
         out_row = out_ptr + t * out_time
         if z_ptr is not None:
             z_row = z_ptr + t * z_time
-        u0 = load_row(u_row, zero, u_time, d, mask_d, WIDE)
-        x0 = load_row(delta_row, zero, delta_time, d, mask_d, WIDE)
-        b0 = load_row(b_row, zero, b_time, n, mask_n, WIDE)
-        c0 = load_row(c_row, zero, c_time, n, mask_n, WIDE)
-        has = count > 1
-        u1 = load_row(u_row, zero + step, u_time, d, mask_d & has, WIDE)
-        x1 = load_row(delta_row, zero + step, delta_time, d, mask_d & has, WIDE)
-        b1 = load_row(b_row, zero + step, b_time, n, mask_n & has, WIDE)
-        c1 = load_row(c_row, zero + step, c_time, n, mask_n & has, WIDE)
-        z0 = u0
-        z1 = u1
-        if z_ptr is not None:
-            z0 = load_row(z_row, zero, z_time, d, mask_d, WIDE)
-            z1 = load_row(z_row, zero + step, z_time, d, mask_d & has, WIDE)
-        for i in range(0, trips(count), 2):
-            ahead = zero + (i + 2) * step
-            has2 = i + 2 < count
-            has3 = i + 3 < count
-            u2 = load_row(u_row, ahead, u_time, d, mask_d & has2, WIDE)
-            x2 = load_row(delta_row, ahead, delta_time, d, mask_d & has2, WIDE)
-            b2 = load_row(b_row, ahead, b_time, n, mask_n & has2, WIDE)
-            c2 = load_row(c_row, ahead, c_time, n, mask_n & has2, WIDE)
-            u3 = load_row(u_row, ahead + step, u_time, d, mask_d & has3, WIDE)
-            x3 = load_row(delta_row, ahead + step, delta_time, d, mask_d & has3, WIDE)
-            b3 = load_row(b_row, ahead + step, b_time, n, mask_n & has3, WIDE)
-            c3 = load_row(c_row, ahead + step, c_time, n, mask_n & has3, WIDE)
-            z2 = u2
-            z3 = u3
-            if z_ptr is not None:
-                z2 = load_row(z_row, ahead, z_time, d, mask_d & has2, WIDE)
-                z3 = load_row(z_row, ahead + step, z_time, d, mask_d & has3, WIDE)
-            here = out_row + row_offset(zero + i * step, out_time, d, WIDE)
-            h, y = output_step(h, rate, x0, bias, u0, b0, c0, skip, z0, mask_d, SOFTPLUS, z_ptr is not None)
-            tl.store(here, y.to(out_ptr.dtype.element_ty), mask=mask_d)
-            valid = mask_d & (i + 1 < count)
-            h, y = output_step(h, rate, x1, bias, u1, b1, c1, skip, z1, valid, SOFTPLUS, z_ptr is not None)
-            here = out_row + row_offset(zero + (i + 1) * step, out_time, d, WIDE)
-            tl.store(here, y.to(out_ptr.dtype.element_ty), mask=valid)
-            u0, x0, b0, c0, z0, u1, x1, b1, c1, z1 = u2, x2, b2, c2, z2, u3, x3, b3, c3, z3
+        for first in range(0, trips(count), STEPS):
+            # All rows of these steps are under way before the first is used, and outputs wait for the last:
+            # no load may pass a store.
+            us = ()
+            xs = ()
+            zs = ()
+            for j in tl.static_range(STEPS):
+                at = tl.minimum(first + j, count - 1) * step
+                us += (load_row(u_row, at, u_time, d, mask_d, WIDE),)
+                xs += (load_row(delta_row, at, delta_time, d, mask_d, WIDE),)
+                if z_ptr is not None:
+                    zs += (load_row(z_row, at, z_time, d, mask_d, WIDE),)
+            ys = ()
+            for j in tl.static_range(STEPS):
+                at = tl.minimum(first + j, count - 1) * step
+                b = load_states(b_row, at, b_time, n, mask_n)
+                c = load_states(c_row, at, c_time, n, mask_n)
+                u = us[j].to(tl.float32)
+                dt = time_step(xs[j], bias, first + j < count, SOFTPLUS)
+                h = tl.exp2(rate * dt[None, :]) * h + b[:, None] * (dt * u)[None, :]
+                y = tl.sum(h * c[:, None], axis=0) + skip * u
+                if z_ptr is not None:
+                    z = zs[j].to(tl.float32)
+                    y *= z * sigmoid(z)
+                ys += (y,)
+            for j in tl.static_range(STEPS):
+                here = out_row + row_offset((first + j) * step, out_time, d, WIDE)
+                tl.store(here, ys[j].to(out_ptr.dtype.element_ty), mask=mask_d & (first + j < count))
     if SERIAL:
         tl.store(final_ptr + item * size + tile, h, mask=mask)
-
-
-@triton.jit
-def output_step(h, rate, x, bias, u, b, c, skip, z, valid, SOFTPLUS: tl.constexpr, GATED: tl.constexpr):
-    """State after one step and its output row in fp32."""
-    dt = time_step(x, bias, valid, SOFTPLUS)
-    u = u.to(tl.float32)
-    h = tl.exp2(rate * dt[None, :]) * h + b.to(tl.float32)[:, None] * (dt * u)[None, :]
-    y = tl.sum(h * c.to(tl.float32)[:, None], axis=0) + skip * u
-    if GATED:
-        z = z.to(tl.float32)
-        y *= z * sigmoid(z)
-    return h, y
 
 
 @on_its_device
@@ -352,13 +320,13 @@ def selective_scan_fwd(
         dtype=torch.float32,
         device=u.device,
     )
-    initial = None if initial_state is None else initial_state.contiguous()
     if out.numel() == 0:
         shape = (rows, d_inner, d_state)
-        final = torch.zeros(shape, device=u.device) if initial is None else initial.clone()
-        return out, final, states
+        final = torch.zeros(shape, device=u.device) if initial_state is None else initial_state.clone()
+        return out, final.contiguous(), states
+    initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
 
-    u, delta, A = last_contiguous(u), last_contiguous(delta), A.contiguous()
+    u, delta, A = last_contiguous(u), last_contiguous(delta), A.t().contiguous()
     z = None if z is None else last_contiguous(z)
     D = None if D is None else D.contiguous()
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
@@ -366,7 +334,7 @@ def selective_scan_fwd(
     n_chunks = 0 if seqs is not None else states.shape[0] // batch
     table = None if seqs is None else seqs.chunks(chunk_size)
     group_channels = d_inner // groups
-    blocks_per_group = triton.cdiv(group_channels, launch.fwd_block)
+    blocks_per_group = triton.cdiv(group_channels, launch.block)
     blocks = groups * blocks_per_group
     shape_args = (length, n_chunks, d_inner, d_state, group_channels, blocks_per_group, blocks)
     options = {
@@ -377,14 +345,17 @@ def selective_scan_fwd(
             chunk_size, *(x.stride(1) for x in (u, delta, B, C, out, u if z is None else z))
         ),
         "CHUNK": chunk_size,
-        "BLOCK_D": launch.fwd_block,
+        "STEPS": launch.fwd_steps,
+        "BLOCK_D": launch.block,
         "BLOCK_N": padded_state(d_state),
-        "num_warps": launch.fwd_warps,
+        "FULL_D": group_channels % launch.block == 0,
+        "FULL_N": padded_state(d_state) == d_state,
+        "num_warps": 1,
     }
     chunk_start, chunk_end = (None, None) if table is None else (table.start, table.end)
     if launch.serial:
         items = rows
-        final = torch.empty((rows, d_inner, d_state), dtype=torch.float32, device=u.device)
+        final = torch.empty((rows, d_state, d_inner), dtype=torch.float32, device=u.device)
         bounds = (None, None, None)
         if table is not None and seqs is not None:
             bounds = (seqs.cu_seqlens, seqs.cu_seqlens[1:], table.first)
@@ -457,7 +428,7 @@ def selective_scan_fwd(
         maxnreg=launch.serial_registers if launch.serial else launch.fwd_registers,
         **options,
     )
-    return out, final, states
+    return out, final.transpose(1, 2).contiguous(), states
 
 
 def aot_cases() -> list[AotCase]:
@@ -491,8 +462,11 @@ def aot_cases() -> list[AotCase]:
                 "REVERSE": packed,
                 "WIDE": False,
                 "CHUNK": launch.chunk_size,
-                "BLOCK_D": launch.fwd_block,
+                "STEPS": launch.fwd_steps,
+                "BLOCK_D": launch.block,
                 "BLOCK_N": padded_state(d_state),
+                "FULL_D": not packed,
+                "FULL_N": True,
             }
             strides = {
                 f"{name}_{axis}": 16
@@ -509,7 +483,7 @@ def aot_cases() -> list[AotCase]:
                         chunk_state_kernel,
                         label,
                         args,
-                        num_warps=launch.fwd_warps,
+                        num_warps=1,
                         maxnreg=launch.fwd_registers,
                         minor=minor,
                     )
@@ -532,7 +506,7 @@ def aot_cases() -> list[AotCase]:
                     output_kernel,
                     label,
                     args,
-                    num_warps=launch.fwd_warps,
+                    num_warps=1,
                     maxnreg=registers,
                     minor=minor,
                 )

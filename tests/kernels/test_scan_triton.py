@@ -26,13 +26,12 @@ TINY = ScanLaunch(
     chunk_size=4,
     serial=False,
     run_length=128,
-    fwd_block=4,
-    fwd_warps=1,
+    block=4,
+    fwd_steps=2,
     fwd_registers=None,
     serial_registers=None,
-    bwd_block=4,
-    bwd_warps=1,
     bwd_steps=2,
+    bwd_registers=None,
     bwd_splits=1,
 )
 
@@ -132,7 +131,7 @@ DIRECT = {
         make,
         (2, 6, 6, 2, 3),
         {},
-        {"launch": replace(TINY, fwd_block=2, bwd_block=2)},
+        {"launch": replace(TINY, block=2)},
     ),
     "one pass": (make, (1, 9, 5, 1, 3), {}, {"launch": SERIAL}),
     "one pass, reverse": (make, (1, 9, 5, 1, 2), {}, {"launch": SERIAL, "reverse": True}),
@@ -275,7 +274,7 @@ def test_launch_table() -> None:
         }
         assert len(launches) == 1
     assert scan_launch(64, 1024, 1024, 1, 16, cpu).serial is False
-    assert scan_launch(128, 1024, 1024, 1, 16, cpu).serial is True
+    assert scan_launch(256, 1024, 1024, 1, 16, cpu).serial is True
     assert scan_launch(1, 64, 8, 1, 16, cpu).serial is True
     lopsided = Sequences.from_lengths((100_000, *([1] * 200)))
     assert scan_launch(1, lopsided.total, 8192, 1, 16, cpu, lopsided).serial is False

@@ -247,28 +247,37 @@ def test_where_gradients_are_recorded_torch_serves(device: torch.device) -> None
         assert not selective_scan_step(**scan, backend="triton")[0].requires_grad
 
 
+IN_PLACE = {
+    "scan": (SCAN, selective_scan_step_, scan_arguments),
+    "conv": (CONV, causal_conv1d_step_, conv_arguments),
+}
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_autograd_knows_that_the_state_was_written(device: torch.device, backend: str) -> None:
-    skip_unless_possible(CONV, backend, device)
-    conv = conv_arguments(device=device)
-    factor = torch.ones_like(conv["state"], requires_grad=True)
-    product = (factor * conv["state"]).sum()
+@pytest.mark.parametrize("which", IN_PLACE)
+def test_autograd_knows_that_the_state_was_written(device: torch.device, backend: str, which: str) -> None:
+    op, step, make = IN_PLACE[which]
+    skip_unless_possible(op, backend, device)
+    given = make(device=device)
+    factor = torch.ones_like(given["state"], requires_grad=True)
+    product = (factor * given["state"]).sum()
     with torch.no_grad():
-        causal_conv1d_step_(**conv, backend=backend)
+        step(**given, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
     with torch.inference_mode():
-        conv = conv_arguments(device=device)
-        causal_conv1d_step_(**conv, backend=backend)
+        step(**make(device=device), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_an_expanded_state_is_not_written(device: torch.device, backend: str) -> None:
-    skip_unless_possible(CONV, backend, device)
-    conv = conv_arguments(device=device)
-    conv["state"] = conv["state"][:1].expand(2, -1, -1)
+@pytest.mark.parametrize("which", IN_PLACE)
+def test_an_expanded_state_is_not_written(device: torch.device, backend: str, which: str) -> None:
+    op, step, make = IN_PLACE[which]
+    skip_unless_possible(op, backend, device)
+    given = make(device=device)
+    given["state"] = given["state"][:1].expand(2, *[-1] * (given["state"].ndim - 1))
     with pytest.raises(RuntimeError, match=r"clone"):
-        causal_conv1d_step_(**conv, backend=backend)
+        step(**given, backend=backend)
 
 
 def ordered(arguments: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
