@@ -26,7 +26,7 @@ class NormLaunch:
 
 # Elements of a tile in one thread, forward and backward (each is several fp32 numbers), and the fewest of
 # a tile. Sixteen are two loads of 16 bytes in half precision.
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS, SMALLEST_TILE = 16, 16, 512
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS, SMALLEST_TILE = 8, 16, 512
 
 # Warps of the backward wanted on a multiprocessor: about what its registers hold.
 BACKWARD_WARPS = 16

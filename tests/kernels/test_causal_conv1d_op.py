@@ -14,7 +14,13 @@ from ssm_modal.kernels.conv import (
     causal_conv1d_step,
     causal_conv1d_step_,
 )
-from ssm_modal.kernels.conv.launch import LONGEST, PROGRAMS, SHORTEST, conv_launch
+from ssm_modal.kernels.conv.launch import (
+    BACKWARD_PROGRAMS,
+    FORWARD_PROGRAMS,
+    LONGEST,
+    SHORTEST,
+    conv_launch,
+)
 from ssm_modal.kernels.sequences import Sequences
 from tests.kernels.test_causal_conv1d import BACKENDS, make, skip_unserved
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
@@ -159,7 +165,7 @@ def test_launch_table(backward: bool, taps: int) -> None:
         assert launch.block_d % (32 * launch.warps) == 0
         steps = launch.steps
         programs = -(-rows // steps) * (2048 // launch.block_d)
-        assert programs >= PROGRAMS or steps == SHORTEST
+        assert programs >= (BACKWARD_PROGRAMS if backward else FORWARD_PROGRAMS) or steps == SHORTEST
     assert steps == LONGEST
     assert conv_launch(64, 3, taps, backward).block_d == 16
 
