@@ -81,7 +81,8 @@ class StopOnNonFinite(Callback):
         losses = torch.stack([loss for _, _, loss in window]).double()
         named = [(n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None]
         norms = list(torch._foreach_norm([grad for _, grad in named]))
-        norm = torch.linalg.vector_norm(torch.stack([n.to(losses.device, losses.dtype) for n in norms]))
+        # Stacked before they are widened: a cast of each would be a launch of each.
+        norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]), dtype=losses.dtype)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             # fp16's loss scaling meets infinite gradients on purpose, skips the step and lowers the scale.
