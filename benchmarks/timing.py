@@ -215,6 +215,16 @@ def admit(report: Report, what: str, candidate: Candidate) -> bool:
     return not off
 
 
+def settle_allocator() -> None:
+    """Bring the C library's allocator to where a long run has it.
+
+    It returns a large block to the system at once, until one below 32 MiB was freed for the first time; then
+    it keeps blocks of that size. Before, each call pays for fresh pages, after, none does, so without this
+    the time of a call would depend on what ran before it.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 def measure(
     report: Report,
     what: str,
@@ -231,6 +241,7 @@ def measure(
     Nothing is measured once a check of ours has failed, in this comparison or an earlier one.
     """
     admitted: list[Candidate] = []
+    settle_allocator()
     for candidate in candidates:
         fine = report.correct and admit(report, what, candidate)
         free(device)
