@@ -16,7 +16,7 @@ import torch
 from ssm_modal.kernels.sequences import Sequences
 
 # Sequences are walked through in one pass where there are this many warps a multiprocessor without cutting
-# time, about as many as its registers hold.
+# time. At 16 cutting was still faster on an H200 (docs/performance.md).
 SERIAL_WARPS = 32
 
 

@@ -146,7 +146,6 @@ EXTENTS = [
     "blocks_per_split",
     "blocks",
     "splits",
-    "items",
     "subs",
     "runs_per_row",
     "run_length",

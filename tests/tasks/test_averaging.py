@@ -58,8 +58,8 @@ def test_the_average_is_saved_tested_and_loaded(tmp_path: Path, start: int) -> N
     # Up to step `start` the average is the weights.
     first = max(start, 1)
     expected = Follow.all[first - 1]
-    for now in Follow.all[first:]:
-        expected = {k: DECAY * expected[k] + (1 - DECAY) * v for k, v in now.items()}
+    for later in Follow.all[first:]:
+        expected = {k: DECAY * expected[k] + (1 - DECAY) * v for k, v in later.items()}
     saved = weights(folder)
     for name, value in expected.items():
         torch.testing.assert_close(saved[name], value, rtol=1e-6, atol=1e-7)
