@@ -82,7 +82,7 @@ def collect(modules: Iterable[str] | None = None) -> list[AotCase]:
     return cases
 
 
-def _specialise(value: Any, specialize: bool, where: str) -> tuple[str, Any, list[Any]]:
+def _specialise(value: Any, specialize: bool, align: bool, where: str) -> tuple[str, Any, list[Any]]:
     """Triton type, constant (for type "constexpr") and attributes of one run-time argument."""
     if value is None:
         return "constexpr", None, []
@@ -96,7 +96,7 @@ def _specialise(value: Any, specialize: bool, where: str) -> tuple[str, Any, lis
         if specialize and value == 1:
             return "constexpr", 1, []
         width = "i32" if -(2**31) <= value < 2**31 else "i64"
-        return width, None, [["tt.divisibility", 16]] if specialize and value % 16 == 0 else []
+        return width, None, [["tt.divisibility", 16]] if specialize and align and value % 16 == 0 else []
     if isinstance(value, float):
         return "fp32", None, []
     raise TypeError(
@@ -129,7 +129,10 @@ def compile_case(case: AotCase, capability: int = 90) -> Any:
             signature[param.name], constants[param.name] = "constexpr", value
             continue
         kind, constant, attrs = _specialise(
-            value, not param.do_not_specialize, f"{case.name} [{case.config}]: {param.name}"
+            value,
+            not param.do_not_specialize,
+            not param.do_not_specialize_on_alignment,
+            f"{case.name} [{case.config}]: {param.name}",
         )
         signature[param.name] = kind
         if kind == "constexpr":

@@ -50,7 +50,12 @@ def softplus(x):
     a unit in the last place of x.
     """
     e = tl.exp2(-tl.abs(x) * LOG2E)
-    s = e / (2.0 + e)
+    if NVIDIA:
+        s = e * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [2.0 + e], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        s = e / (2.0 + e)
     q = s * s
     p = 1.0 / 11.0 + q * (1.0 / 13.0)
     p = 1.0 / 9.0 + q * p

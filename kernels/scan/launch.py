@@ -25,42 +25,44 @@ class ScanLaunch:
     """Launch parameters of forward and backward. A program is one warp.
 
     chunk_size: steps between saved states. serial: the forward walks through a sequence in one pass.
-    run_length: chunks a run of the carry. block: channels of a program. fwd_steps: steps whose rows are
-    loaded together; bwd_steps: steps whose states are rebuilt in registers at a time. fwd_registers,
-    serial_registers, bwd_registers: registers a thread may take, None to leave that to the assembler.
-    bwd_splits: programs that share the channels of one group and chunk, each with its own partial sum of dB
-    and dC and a scratch of chunk_size / bwd_steps states.
+    run_length: chunks a run of the carry. block: channels of a program of the gradient kernel; fwd_block: of
+    the others. fwd_steps: steps whose rows are loaded together; bwd_steps: steps whose states are rebuilt and
+    kept at a time. fwd_registers, serial_registers, bwd_registers: registers a thread may take. bwd_programs:
+    programs of the gradient kernel, each with a scratch of chunk_size / bwd_steps states; None for those that
+    run at a time. bwd_splits: partial sums of dB and dC where torch asks for a deterministic result.
     """
 
     chunk_size: int
     serial: bool
     run_length: int
     block: int
+    fwd_block: int
     fwd_steps: int
     fwd_registers: int | None
     serial_registers: int | None
     bwd_steps: int
     bwd_registers: int | None
+    bwd_programs: int | None
     bwd_splits: int
 
 
-# (d_state up to, chunk size, block, fwd_steps, fwd_registers, serial_registers, bwd_steps,
-# bwd_registers). A thread
-# holds 16 states or fewer; all rows compile for sm_90 without a spill, which tests/kernels/test_aot.py keeps
-# so.
-SHIPPED: tuple[tuple[int, int, int, int, int | None, int | None, int, int | None], ...] = (
-    (1, 64, 32, 8, 96, 128, 4, None),
-    (2, 64, 32, 8, 96, 128, 4, None),
-    (4, 64, 32, 8, 96, 128, 4, None),
-    (8, 64, 32, 8, 88, 128, 4, None),
-    (16, 64, 32, 8, 152, 192, 2, None),
-    (32, 128, 16, 4, 128, 168, 1, None),
-    (64, 256, 8, 4, 128, 168, 1, None),
-    (128, 256, 2, 4, 128, 168, 1, None),
-    (256, 256, 2, 4, 128, 224, 1, None),
+# (d_state up to, chunk size, block, fwd_block, fwd_steps, fwd_registers, serial_registers, bwd_steps,
+# bwd_registers). A multiprocessor's four parts hold 16,384 registers each: 128 a thread make sixteen
+# programs, 168 twelve, 255 eight. All rows compile for sm_90 without a spill, which tests/kernels/test_aot.py
+# keeps so.
+SHIPPED: tuple[tuple[int, int, int, int, int, int | None, int | None, int, int | None], ...] = (
+    (1, 64, 32, 32, 8, 96, 128, 4, 128),
+    (2, 64, 32, 32, 8, 96, 128, 4, 128),
+    (4, 64, 32, 32, 8, 96, 128, 4, 128),
+    (8, 64, 32, 32, 8, 96, 128, 4, 255),
+    (16, 64, 32, 32, 8, 128, 128, 4, 168),
+    (32, 128, 16, 32, 4, 168, 255, 4, 255),
+    (64, 128, 8, 16, 4, 168, 255, 4, 255),
+    (128, 256, 4, 8, 4, 168, 255, 4, 255),
+    (256, 256, 2, 4, 4, 168, 255, 4, 255),
 )
 
-# Gradient programs wanted on a multiprocessor, four rounds of what it holds, before channels share one.
+# Gradient programs wanted on a multiprocessor where partial sums are not shared, before channels share one.
 BWD_PROGRAMS = 32
 
 
@@ -74,9 +76,38 @@ def chunk_size_for(d_state: int) -> int:
     return next(row[1] for row in SHIPPED if d_state <= row[0])
 
 
+# Bytes of shared memory of a multiprocessor of compute capability 9.0.
+SHARED = 228 * 1024
+
+
+def resident(registers: int | None, shared: int = 0, capacity: int = SHARED) -> int:
+    """Programs of one warp that a multiprocessor runs at a time, by registers and bytes of shared memory.
+
+    Each of its four parts has 16,384 registers, given out in units of 256 a warp. Of its `capacity` of shared
+    memory 1 KiB is the system's, and a program costs 1 KiB more than it asks for.
+    """
+    per_warp = -(-(registers or 255) * 32 // 256) * 256
+    return max(1, min(32, 4 * (16384 // per_warp), (capacity - 1024) // (shared + 1024)))
+
+
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; those of an H100 for any other device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    if device.type != "cuda":
+        return SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+@functools.cache
+def adds_vectors(device: torch.device) -> bool:
+    """Whether a GPU adds four fp32 numbers to memory in one instruction: from compute capability 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def scan_launch(
@@ -90,31 +121,43 @@ def scan_launch(
 ) -> ScanLaunch:
     """The launch for inputs (batch, length, d_inner), `groups` groups of B and C, packed with `seqs`."""
     row = next(row for row in SHIPPED if d_state <= row[0])
-    _, chunk, block, fwd_steps, fwd_registers, serial_registers, bwd_steps, bwd_registers = row
-    multiprocessors = _multiprocessors(device) if device.type == "cuda" else 132
+    (
+        _,
+        chunk,
+        block,
+        fwd_block,
+        fwd_steps,
+        fwd_registers,
+        serial_registers,
+        bwd_steps,
+        bwd_registers,
+    ) = row
+    count = multiprocessors(device)
     rows = batch if seqs is None else seqs.n
     longest = length if seqs is None else max(seqs.lengths)
     group_channels = max(1, d_inner // groups)
-    warps = rows * groups * -(-group_channels // block)
+    warps = rows * groups * -(-group_channels // fwd_block)
     # Packed sequences of very unequal length leave a serial launch waiting for the longest.
     even = seqs is None or longest * rows <= 2 * length
-    serial = longest <= chunk or (even and warps >= SERIAL_WARPS * multiprocessors)
+    serial = longest <= chunk or (even and warps >= SERIAL_WARPS * count)
     chunks = boundaries_shape(
         batch, length, d_inner, d_state, groups, None if seqs is None else seqs.lengths
     )[0]
     blocks = -(-group_channels // block)
-    wanted = BWD_PROGRAMS * multiprocessors
+    wanted = BWD_PROGRAMS * count
     splits = min(blocks, -(-wanted // max(1, chunks * groups)))
     return ScanLaunch(
         chunk_size=chunk,
         serial=serial,
         run_length=128,
         block=block,
+        fwd_block=fwd_block,
         fwd_steps=fwd_steps,
         fwd_registers=fwd_registers,
         serial_registers=serial_registers,
         bwd_steps=bwd_steps,
         bwd_registers=bwd_registers,
+        bwd_programs=None,
         bwd_splits=splits,
     )
 

@@ -1,4 +1,4 @@
-"""Kernels of the Triton forward of the selective scan; `triton_fwd.py` says what each does and launches it.
+"""The kernel of the Triton forward of the selective scan that gives outputs; `triton_fwd.py` launches it.
 
 A program is one warp and its tile of states [BLOCK_N, BLOCK_D], channels across lanes: up to d_state 16 a
 thread holds all states of its channel, so that a time step reads one coalesced row of each input and the sum
@@ -13,13 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssm_modal.kernels.scan.prefetch import (
+    copied_row,
+    copies_wait,
+    copy_block,
+    load_rows,
+)
+from ssm_modal.kernels.scan.staging import STAGED_STRIDES, stage_base, stage_rows, stage_wait, states_row
 from ssm_modal.kernels.scan.triton_common import (
     EXTENTS,
     LOG2E,
     channel_block,
     chunk_range,
-    load_row,
-    load_states,
+    first_channel,
     row_offset,
     state_block,
     state_tile,
@@ -29,84 +35,7 @@ from ssm_modal.kernels.scan.triton_common import (
 from ssm_modal.kernels.triton_math import sigmoid
 
 
-@triton.jit(do_not_specialize=EXTENTS)
-def chunk_state_kernel(
-    u_ptr,  # (batch, length, d_inner)
-    delta_ptr,  # (batch, length, d_inner)
-    a_ptr,  # (d_state, d_inner) fp32
-    b_ptr,  # (batch, length, groups, d_state)
-    bias_ptr,  # (d_inner,) fp32 or None
-    states_ptr,  # out: (chunks, d_state, d_inner) fp32
-    sums_ptr,  # out: (chunks, d_inner) fp32
-    start_ptr,  # packed: (chunks,) int64
-    end_ptr,
-    u_batch,
-    u_time,
-    delta_batch,
-    delta_time,
-    b_batch,
-    b_time,
-    b_group,
-    length,
-    n_chunks,
-    d_inner,
-    d_state,
-    group_channels,
-    blocks_per_group,
-    blocks,
-    SOFTPLUS: tl.constexpr,
-    PACKED: tl.constexpr,
-    REVERSE: tl.constexpr,
-    WIDE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FULL_D: tl.constexpr,
-    FULL_N: tl.constexpr,
-):
-    """One program a chunk and channel block."""
-    pid = tl.program_id(0)
-    group, d, mask_d = channel_block(pid % blocks, group_channels, blocks_per_group, BLOCK_D, FULL_D)
-    row, start, end = chunk_range(pid // blocks, start_ptr, end_ptr, length, n_chunks, CHUNK, PACKED)
-    chunk = (pid // blocks).to(tl.int64)
-    group = group.to(tl.int64)
-    n, mask_n = state_block(d_state, BLOCK_N, FULL_N)
-    tile = state_tile(n, d, d_inner)
-    mask = mask_n[:, None] & mask_d[None, :]
-    rate = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2E
-    bias = tl.zeros([BLOCK_D], tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0)
-    count = (end - start).to(tl.int32)
-    t = start
-    step = 1
-    if REVERSE:
-        t = end - 1
-        step = -1
-    u_ptr += row * u_batch + t * u_time
-    delta_ptr += row * delta_batch + t * delta_time
-    b_ptr += row * b_batch + t * b_time + group * b_group
-    h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, trips(count), STEPS):
-        us = ()
-        xs = ()
-        for j in tl.static_range(STEPS):
-            at = tl.minimum(first + j, count - 1) * step
-            us += (load_row(u_ptr, at, u_time, d, mask_d, WIDE),)
-            xs += (load_row(delta_ptr, at, delta_time, d, mask_d, WIDE),)
-        for j in tl.static_range(STEPS):
-            at = tl.minimum(first + j, count - 1) * step
-            b = load_states(b_ptr, at, b_time, n, mask_n)
-            dt = time_step(xs[j], bias, first + j < count, SOFTPLUS)
-            total += dt
-            h = tl.exp2(rate * dt[None, :]) * h + b[:, None] * (dt * us[j].to(tl.float32))[None, :]
-    tl.store(states_ptr + chunk * d_inner * d_state + tile, h, mask=mask)
-    tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
-
-
-@triton.jit(do_not_specialize=EXTENTS)
+@triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STAGED_STRIDES)
 def output_kernel(
     u_ptr,  # (batch, length, d_inner)
     delta_ptr,  # (batch, length, d_inner)
@@ -150,7 +79,17 @@ def output_kernel(
     WIDE: tl.constexpr,
     SERIAL: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGE: tl.constexpr,
     STEPS: tl.constexpr,
+    RESERVE: tl.constexpr,
+    BRING: tl.constexpr,
+    BROUGHT: tl.constexpr,
+    READ: tl.constexpr,
+    READ_CONSTRAINTS: tl.constexpr,
+    ROW_READ: tl.constexpr,
+    ROW_COPY: tl.constexpr,
+    ROW_PIECE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FULL_D: tl.constexpr,
@@ -193,6 +132,13 @@ def output_kernel(
     if z_ptr is not None:
         z_ptr += row * z_batch
 
+    lane = tl.arange(0, BLOCK_D)
+    staged_b = stage_base(RESERVE)
+    staged_c = staged_b + STAGE * BLOCK_N * 4
+    COPIED: tl.constexpr = ROW_READ is not None
+    ROWS: tl.constexpr = STEPS * BLOCK_D * ROW_BYTES
+    rows = staged_b + STAGE * BLOCK_N * 8
+    channel = first_channel(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
     own_chunks = item * 0 + 1
     if SERIAL:
         own_chunks = (end - start + CHUNK - 1) // CHUNK
@@ -223,35 +169,66 @@ def output_kernel(
         b_row = b_ptr + t * b_time
         c_row = c_ptr + t * c_time
         out_row = out_ptr + t * out_time
+        z_row = z_ptr
         if z_ptr is not None:
-            z_row = z_ptr + t * z_time
-        for first in range(0, trips(count), STEPS):
-            # All rows of these steps are under way before the first is used, and outputs wait for the last:
-            # no load may pass a store.
-            us = ()
-            xs = ()
-            zs = ()
-            for j in tl.static_range(STEPS):
-                at = tl.minimum(first + j, count - 1) * step
-                us += (load_row(u_row, at, u_time, d, mask_d, WIDE),)
-                xs += (load_row(delta_row, at, delta_time, d, mask_d, WIDE),)
-                if z_ptr is not None:
-                    zs += (load_row(z_row, at, z_time, d, mask_d, WIDE),)
-            ys = ()
-            for j in tl.static_range(STEPS):
-                at = tl.minimum(first + j, count - 1) * step
-                b = load_states(b_row, at, b_time, n, mask_n)
-                c = load_states(c_row, at, c_time, n, mask_n)
-                u = us[j].to(tl.float32)
-                dt = time_step(xs[j], bias, first + j < count, SOFTPLUS)
-                h = tl.exp2(rate * dt[None, :]) * h + b[:, None] * (dt * u)[None, :]
-                y = tl.sum(h * c[:, None], axis=0) + skip * u
-                if z_ptr is not None:
-                    z = zs[j].to(tl.float32)
-                    y *= z * sigmoid(z)
-                ys += (y,)
-            for j in tl.static_range(STEPS):
-                here = out_row + row_offset((first + j) * step, out_time, d, WIDE)
-                tl.store(here, ys[j].to(out_ptr.dtype.element_ty), mask=mask_d & (first + j < count))
+            z_row += t * z_time
+        if COPIED:
+            copy_block(
+                rows, u_row, u_time, delta_row, delta_time, z_row, z_time, None, 0, 0, count, step, channel,
+                WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
+            )  # fmt: skip
+        for stage in range(0, trips(count), STAGE):
+            stage_rows(
+                staged_b, b_row, c_row, stage, count, step, b_time, c_time, d_state, BRING, BROUGHT, WIDE,
+                STAGE, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            for first in range(stage, trips(tl.minimum(stage + STAGE, count)), STEPS):
+                here = rows + (first // STEPS % 2) * (3 * ROWS)
+                if COPIED:
+                    ahead = rows + ((first // STEPS + 1) % 2) * (3 * ROWS)
+                    stage_wait()
+                    copy_block(
+                        ahead, u_row, u_time, delta_row, delta_time, z_row, z_time, None, 0, first + STEPS,
+                        count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
+                    )  # fmt: skip
+                    copies_wait(1)
+                else:
+                    us = load_rows(u_row, first, count, step, u_time, d, mask_d, WIDE, STEPS)
+                    xs = load_rows(delta_row, first, count, step, delta_time, d, mask_d, WIDE, STEPS)
+                    if z_ptr is not None:
+                        zs = load_rows(z_row, first, count, step, z_time, d, mask_d, WIDE, STEPS)
+                # Outputs wait for the last step: no load may pass a store.
+                ys = ()
+                for j in tl.static_range(STEPS):
+                    if COPIED:
+                        u = copied_row(here, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
+                        x = copied_row(here + ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
+                    else:
+                        u = us[j].to(tl.float32)
+                        x = xs[j].to(tl.float32)
+                    at = tl.minimum(first + j, count - 1) * step
+                    b = states_row(
+                        staged_b, first - stage + j, b_row, at, b_time, n, lane, mask_n, READ,
+                        READ_CONSTRAINTS, BLOCK_N, BLOCK_D,
+                    )  # fmt: skip
+                    c = states_row(
+                        staged_c, first - stage + j, c_row, at, c_time, n, lane, mask_n, READ,
+                        READ_CONSTRAINTS, BLOCK_N, BLOCK_D,
+                    )  # fmt: skip
+                    dt = time_step(x, bias, first + j < count, SOFTPLUS)
+                    h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
+                    y = tl.sum(h * c, axis=0) + skip * u
+                    if z_ptr is not None:
+                        if COPIED:
+                            z = copied_row(here + 2 * ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
+                        else:
+                            z = zs[j].to(tl.float32)
+                        y *= z * sigmoid(z)
+                    ys += (y,)
+                for j in tl.static_range(STEPS):
+                    place = out_row + row_offset((first + j) * step, out_time, d, WIDE)
+                    tl.store(place, ys[j].to(out_ptr.dtype.element_ty), mask=mask_d & (first + j < count))
+        if COPIED:
+            copies_wait(0)
     if SERIAL:
         tl.store(final_ptr + item * size + tile, h, mask=mask)

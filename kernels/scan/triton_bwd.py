@@ -9,12 +9,15 @@ With g_t the gradient of the loss in h_t, dy_t that in the output before the gat
 
 1. `chunk_grad_kernel`: what each chunk adds to the gradient of the state entering it, and its sum of dt.
 2. `triton_common.carry`, from the last chunk to the first: the gradient of the state leaving each chunk.
-3. `grad_kernel`: a chunk sweeps forward from its saved state and keeps every STEPS-th state in a scratch that
-   is read back soon after; then, from the last STEPS steps to the first, rebuilds the states in registers and
-   takes the gradients. The sums over channels for dB and dC are those of `channel_sum.py`.
+3. `grad_kernel`: as many programs as run at a time take (chunk, channel block) in turn. A chunk sweeps
+   forward from its saved state and leaves every STEPS-th state in a scratch that stays in the second-level
+   cache; then, from the last STEPS steps to the first, the states are rebuilt and kept in shared memory, and
+   the gradients taken. The sums over channels for dB and dC are those of `channel_sum.py`.
 
-Nothing is divided by a decay and nothing is atomic: dB and dC come as partial sums over blocks of channels,
-dA, dD and the bias as partial sums over chunks, added up afterwards, so the result is the same in every run.
+Nothing is divided by a decay. dA, dD and the bias come as partial sums over chunks, added up afterwards. dB
+and dC are added to one fp32 buffer by all programs, in any order; where torch asks for deterministic
+algorithms, a program takes several channel blocks of its chunk one after another and adds to a buffer of its
+own, and the buffers are added up in order.
 """
 
 from __future__ import annotations
@@ -24,15 +27,27 @@ import triton
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.scan.channel_sum import channel_sum_assembly
-from ssm_modal.kernels.scan.grad_kernels import chunk_grad_kernel, grad_kernel
-from ssm_modal.kernels.scan.launch import ScanLaunch, padded_state, scan_launch, shipped_launches
+from ssm_modal.kernels.scan.channel_sum import channel_sum, sums_bytes
+from ssm_modal.kernels.scan.chunk_kernels import chunk_grad_kernel
+from ssm_modal.kernels.scan.grad_kernels import grad_kernel
+from ssm_modal.kernels.scan.keeping import kept_states
+from ssm_modal.kernels.scan.launch import (
+    ScanLaunch,
+    adds_vectors,
+    multiprocessors,
+    padded_state,
+    resident,
+    scan_launch,
+    shared_memory,
+    shipped_launches,
+)
+from ssm_modal.kernels.scan.prefetch import DTYPES, can_copy, row_copies
+from ssm_modal.kernels.scan.staging import bringing, shared_bytes, staging
 from ssm_modal.kernels.scan.triton_common import (
     carry,
     last_contiguous,
     on_its_device,
     wide_offsets,
-    widen,
 )
 from ssm_modal.kernels.sequences import Sequences
 
@@ -89,7 +104,7 @@ def selective_scan_bwd(
     z = None if z is None else last_contiguous(z)
     D = None if D is None else D.contiguous()
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
-    B, C = widen(B, d_inner), widen(C, d_inner)
+    B, C = last_contiguous(B), last_contiguous(C)
     chunks = boundaries.shape[0]
     n_chunks = 0 if seqs is not None else chunks // batch
     table = None if seqs is None else seqs.chunks(chunk_size)
@@ -97,7 +112,7 @@ def selective_scan_bwd(
     group_channels = d_inner // groups
     z_strides = (0, 0) if z is None else (z.stride(0), z.stride(1))
     rows_apart = [x.stride(1) for x in (u, delta, dout, B, C, u if z is None else z)]
-    rows_apart += [d_inner, groups * d_state]
+    rows_apart += [d_inner]
     options = {
         "SOFTPLUS": delta_softplus,
         "PACKED": seqs is not None,
@@ -105,7 +120,6 @@ def selective_scan_bwd(
         "WIDE": wide_offsets(chunk_size, *rows_apart),
         "CHUNK": chunk_size,
         "BLOCK_N": padded_state(d_state),
-        "FULL_D": group_channels % launch.block == 0,
         "FULL_N": padded_state(d_state) == d_state,
     }
 
@@ -113,7 +127,7 @@ def selective_scan_bwd(
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
     grads, sums = empty(chunks, d_state, d_inner), empty(chunks, d_inner)
-    blocks_per_group = triton.cdiv(group_channels, launch.block)
+    blocks_per_group = triton.cdiv(group_channels, launch.fwd_block)
     blocks = groups * blocks_per_group
     chunk_grad_kernel[(chunks * blocks,)](
         dout,
@@ -142,7 +156,13 @@ def selective_scan_bwd(
         blocks_per_group,
         blocks,
         STEPS=launch.fwd_steps,
-        BLOCK_D=launch.block,
+        **staging(
+            d_state, chunk_size, launch.fwd_block, launch.fwd_steps, rows=3, row_bytes=u.element_size()
+        ),
+        **bringing(d_state, launch.fwd_block, C),
+        **row_copies(u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, dout, delta, z)),
+        BLOCK_D=launch.fwd_block,
+        FULL_D=group_channels % launch.fwd_block == 0,
         num_warps=1,
         maxnreg=launch.fwd_registers,
         **options,
@@ -165,14 +185,22 @@ def selective_scan_bwd(
     dskip = None if D is None else sums
     dbias = None if delta_bias is None else empty(chunks, d_inner)
     blocks_per_group = triton.cdiv(group_channels, launch.block)
-    blocks_per_split = triton.cdiv(blocks_per_group, launch.bwd_splits)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    blocks_per_split = triton.cdiv(blocks_per_group, launch.bwd_splits) if deterministic else 1
     splits = triton.cdiv(blocks_per_group, blocks_per_split)
-    partial_b, partial_c = (empty(splits, batch, length, groups, d_state) for _ in range(2))
+    partials = splits if deterministic else 1
+    partial = torch.zeros(
+        (partials, batch, length, groups, 2, max(4, padded_state(d_state))),
+        dtype=torch.float32,
+        device=u.device,
+    )
     items = chunks * groups * splits
+    programs = min(items, launch.bwd_programs or gradient_programs(d_state, launch, u))
     subs = triton.cdiv(min(chunk_size, length), launch.bwd_steps)
-    scratch = empty(items, subs, padded_state(d_state), launch.block)
-    channel_sum, constraints = channel_sum_assembly(padded_state(d_state), launch.block)
-    grad_kernel[(items,)](
+    kept = kept_states(d_state, launch.block)
+    slots = subs if kept["KEPT"] else subs + launch.bwd_steps
+    scratch = empty(programs, slots, padded_state(d_state), launch.block)
+    grad_kernel[(programs,)](
         dout,
         u,
         delta,
@@ -187,8 +215,7 @@ def selective_scan_bwd(
         scratch,
         du,
         ddelta,
-        partial_b,
-        partial_c,
+        partial,
         dskip,
         dz,
         dbias,
@@ -217,21 +244,29 @@ def selective_scan_bwd(
         blocks_per_group,
         blocks_per_split,
         splits,
+        partials,
         subs,
+        items,
+        programs,
         STEPS=launch.bwd_steps,
-        SUM=channel_sum,
-        CONSTRAINTS=constraints,
+        **gradient_staging(d_state, launch, u.dtype),
+        **bringing(d_state, launch.block, B, C),
+        **row_copies(u.dtype, launch.block, can_copy(launch.block, group_channels, u, delta, dout, z)),
+        **kept,
+        **channel_sum(d_state, launch.block, launch.bwd_steps, u.dtype, adds_vectors(u.device)),
         BLOCK_D=launch.block,
+        FULL_D=group_channels % launch.block == 0,
         num_warps=1,
         maxnreg=launch.bwd_registers,
         **options,
     )
+    both = (partial[0] if partials == 1 else partial.sum(0))[..., :d_state]
     return (
         du,
         ddelta,
         grads.sum(0).t().contiguous(),
-        (partial_b[0] if splits == 1 else partial_b.sum(0)).to(dtype_b),
-        (partial_c[0] if splits == 1 else partial_c.sum(0)).to(dtype_c),
+        both[..., 0, :].to(dtype_b).contiguous(),
+        both[..., 1, :].to(dtype_c).contiguous(),
         None if dskip is None else dskip.sum(0),
         dz,
         None if dbias is None else dbias.sum(0),
@@ -239,8 +274,55 @@ def selective_scan_bwd(
     )
 
 
+def gradient_stage(d_state: int) -> int:
+    """Bytes of B and C that a gradient program stages: few, which leaves room for the states that it
+    keeps."""
+    return 2048 if d_state <= 16 else 4096
+
+
+def more_bytes(d_state: int, launch: ScanLaunch) -> int:
+    """Bytes of shared memory of a gradient program for sums over channels and for step sizes."""
+    return sums_bytes(d_state, launch.block, launch.bwd_steps) + 4 * launch.block * launch.bwd_steps
+
+
+def gradient_staging(d_state: int, launch: ScanLaunch, dtype: torch.dtype) -> dict[str, object]:
+    """Constants of the gradient kernel for its shared memory."""
+    return staging(
+        d_state,
+        launch.chunk_size,
+        launch.block,
+        launch.bwd_steps,
+        rows=4,
+        row_bytes=dtype.itemsize,
+        kept=launch.bwd_steps,
+        stage_bytes=gradient_stage(d_state),
+        more=more_bytes(d_state, launch),
+    )
+
+
+def gradient_bytes(d_state: int, launch: ScanLaunch, dtype: torch.dtype) -> int:
+    """Bytes of shared memory of a gradient program."""
+    return more_bytes(d_state, launch) + shared_bytes(
+        d_state,
+        launch.chunk_size,
+        launch.block,
+        launch.bwd_steps,
+        4,
+        dtype.itemsize,
+        launch.bwd_steps,
+        gradient_stage(d_state),
+    )
+
+
+def gradient_programs(d_state: int, launch: ScanLaunch, u: Tensor) -> int:
+    """Programs of the gradient kernel that run at a time."""
+    shared = gradient_bytes(d_state, launch, u.dtype)
+    at_a_time = resident(launch.bwd_registers, shared, shared_memory(u.device))
+    return multiprocessors(u.device) * at_a_time
+
+
 def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table in bf16 with fp32 B and C; at d_state 16 more."""
+    """Both kernels at every row of the table in bf16; at d_state 16 more."""
     cases = []
     for d_state, launch in shipped_launches():
         if launch.serial:
@@ -250,12 +332,14 @@ def aot_cases() -> list[AotCase]:
             variants += [("fp32", False), ("fp16", True)]
         for dtype, packed in variants:
             minor = d_state not in (16, 256)
+            # Rows of B and C as packed sequences have them are not aligned here.
+            rows = torch.empty(1, 1, 1, d_state + packed, dtype=DTYPES[dtype])[..., :d_state]
             table = "*i64" if packed else None
             names = ("dout", "u", "delta", "b", "c", "z")
             strides = {f"{name}_{axis}": 16 for name in names for axis in ("batch", "time")}
             strides |= {"b_group": 16, "c_group": 16}
             args: dict[str, object] = {f"{name}_ptr": f"*{dtype}" for name in ("dout", "u", "delta", "z")}
-            args |= dict.fromkeys(("b_ptr", "c_ptr"), f"*{dtype}" if packed else "*fp32")
+            args |= dict.fromkeys(("b_ptr", "c_ptr"), f"*{dtype}")
             args |= dict.fromkeys(("a_ptr", "bias_ptr", "grads_ptr", "sums_ptr"), "*fp32")
             args |= {"start_ptr": table, "end_ptr": table, **strides}
             args |= {
@@ -274,7 +358,17 @@ def aot_cases() -> list[AotCase]:
                 "WIDE": False,
                 "CHUNK": launch.chunk_size,
                 "STEPS": launch.fwd_steps,
-                "BLOCK_D": launch.block,
+                **staging(
+                    d_state,
+                    launch.chunk_size,
+                    launch.fwd_block,
+                    launch.fwd_steps,
+                    rows=3,
+                    row_bytes=DTYPES[dtype].itemsize,
+                ),
+                **bringing(d_state, launch.fwd_block, rows),
+                **row_copies(DTYPES[dtype], launch.fwd_block, not packed),
+                "BLOCK_D": launch.fwd_block,
                 "BLOCK_N": padded_state(d_state),
                 "FULL_D": not packed,
                 "FULL_N": True,
@@ -291,18 +385,23 @@ def aot_cases() -> list[AotCase]:
                     minor=minor,
                 )
             )
-            args |= dict.fromkeys(("skip_ptr", "states_ptr", "scratch_ptr", "db_ptr", "dc_ptr"), "*fp32")
+            args |= dict.fromkeys(("skip_ptr", "states_ptr", "scratch_ptr", "sums_ptr"), "*fp32")
             args |= dict.fromkeys(("dskip_ptr", "dbias_ptr"), "*fp32")
             args |= dict.fromkeys(("du_ptr", "ddelta_ptr", "dz_ptr"), f"*{dtype}")
-            channel_sum, constraints = channel_sum_assembly(padded_state(d_state), launch.block)
             args |= {
-                "blocks_per_split": 32,
-                "splits": launch.bwd_splits,
+                "blocks_per_split": 1,
+                "splits": 64,
+                "partials": 1,
                 "subs": launch.chunk_size // launch.bwd_steps,
+                "items": 65536,
+                "programs": 1584,
                 "STEPS": launch.bwd_steps,
-                "SUM": channel_sum,
-                "CONSTRAINTS": constraints,
                 "BLOCK_D": launch.block,
+                **gradient_staging(d_state, launch, DTYPES[dtype]),
+                **bringing(d_state, launch.block, rows),
+                **row_copies(DTYPES[dtype], launch.block, not packed),
+                **kept_states(d_state, launch.block),
+                **channel_sum(d_state, launch.block, launch.bwd_steps, DTYPES[dtype], vectors=True),
             }
             own = {p.name: args[p.name] for p in grad_kernel.params}
             cases.append(

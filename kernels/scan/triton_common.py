@@ -60,15 +60,6 @@ def load_row(ptr, i, stride, lanes, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_states(ptr, i, stride, n, mask):
-    """Row i of B or C in fp32, the same for all lanes; 0 where masked.
-
-    One 64-bit address a row: the states stand at fixed distances from it.
-    """
-    return tl.load(ptr + i.to(tl.int64) * stride + n, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def row_offset(i, stride, lanes, WIDE: tl.constexpr):
     if WIDE:
         return i.to(tl.int64) * stride + lanes
@@ -78,8 +69,8 @@ def row_offset(i, stride, lanes, WIDE: tl.constexpr):
 
 @triton.jit
 def time_step(raw, bias, valid, SOFTPLUS: tl.constexpr):
-    """dt of one step from the loaded row of delta; 0 where not valid, so that the step is the identity."""
-    x = raw.to(tl.float32) + bias
+    """dt of one step from the row of delta in fp32; 0 where not valid, so that the step is the identity."""
+    x = raw + bias
     if SOFTPLUS:
         x = softplus(x)
     return tl.where(valid, x, 0.0)
@@ -107,6 +98,12 @@ def channel_block(block, group_channels, blocks_per_group, BLOCK_D: tl.constexpr
     if FULL_D:
         mask = tl.full([BLOCK_D], 1, tl.int1)
     return group, group * group_channels + inside, mask
+
+
+@triton.jit
+def first_channel(block, group_channels, blocks_per_group, BLOCK_D: tl.constexpr):
+    """The first channel of a channel block."""
+    return (block // blocks_per_group) * group_channels + (block % blocks_per_group) * BLOCK_D
 
 
 @triton.jit
@@ -146,7 +143,10 @@ EXTENTS = [
     "blocks_per_split",
     "blocks",
     "splits",
+    "partials",
     "subs",
+    "items",
+    "programs",
     "runs_per_row",
     "run_length",
     "tiles",
@@ -324,15 +324,6 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 def last_contiguous(x: Tensor) -> Tensor:
     """`x`, copied only where its last axis is not contiguous: every other stride is passed to the kernels."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def widen(m: Tensor, d_inner: int) -> Tensor:
-    """B or C as the kernels want it: fp32 where that copy is small beside u, as every program would convert.
-
-    m: (batch, length, groups, d_state); the last axis of the result is contiguous.
-    """
-    small = 4 * m.shape[2] * m.shape[3] <= d_inner
-    return last_contiguous(m.float() if small else m)
 
 
 def aot_cases() -> list[AotCase]:

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.scan.chunk_kernels import chunk_state_kernel
 from ssm_modal.kernels.scan.launch import (
     ScanLaunch,
     boundaries_shape,
@@ -23,13 +24,14 @@ from ssm_modal.kernels.scan.launch import (
     scan_launch,
     shipped_launches,
 )
-from ssm_modal.kernels.scan.output_kernels import chunk_state_kernel, output_kernel
+from ssm_modal.kernels.scan.output_kernels import output_kernel
+from ssm_modal.kernels.scan.prefetch import DTYPES, can_copy, row_copies
+from ssm_modal.kernels.scan.staging import bringing, staging
 from ssm_modal.kernels.scan.triton_common import (
     carry,
     last_contiguous,
     on_its_device,
     wide_offsets,
-    widen,
 )
 from ssm_modal.kernels.sequences import Sequences
 
@@ -83,11 +85,11 @@ def selective_scan_fwd(
     z = None if z is None else last_contiguous(z)
     D = None if D is None else D.contiguous()
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
-    B, C = widen(B, d_inner), widen(C, d_inner)
+    B, C = last_contiguous(B), last_contiguous(C)
     n_chunks = 0 if seqs is not None else states.shape[0] // batch
     table = None if seqs is None else seqs.chunks(chunk_size)
     group_channels = d_inner // groups
-    blocks_per_group = triton.cdiv(group_channels, launch.block)
+    blocks_per_group = triton.cdiv(group_channels, launch.fwd_block)
     blocks = groups * blocks_per_group
     shape_args = (length, n_chunks, d_inner, d_state, group_channels, blocks_per_group, blocks)
     options = {
@@ -99,9 +101,14 @@ def selective_scan_fwd(
         ),
         "CHUNK": chunk_size,
         "STEPS": launch.fwd_steps,
-        "BLOCK_D": launch.block,
+        **staging(
+            d_state, chunk_size, launch.fwd_block, launch.fwd_steps, rows=3, row_bytes=u.element_size()
+        ),
+        **bringing(d_state, launch.fwd_block, B, C),
+        **row_copies(u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, u, delta, z)),
+        "BLOCK_D": launch.fwd_block,
         "BLOCK_N": padded_state(d_state),
-        "FULL_D": group_channels % launch.block == 0,
+        "FULL_D": group_channels % launch.fwd_block == 0,
         "FULL_N": padded_state(d_state) == d_state,
         "num_warps": 1,
     }
@@ -185,7 +192,7 @@ def selective_scan_fwd(
 
 
 def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table in bf16 with fp32 B and C; at d_state 16 more."""
+    """Both kernels at every row of the table in bf16; at d_state 16 more."""
     cases = []
     for d_state, launch in shipped_launches():
         variants = [("bf16", False)]
@@ -198,7 +205,7 @@ def aot_cases() -> list[AotCase]:
                 "u_ptr": f"*{dtype}",
                 "delta_ptr": f"*{dtype}",
                 "a_ptr": "*fp32",
-                "b_ptr": f"*{dtype}" if packed else "*fp32",
+                "b_ptr": f"*{dtype}",
                 "bias_ptr": "*fp32",
                 "states_ptr": "*fp32",
                 "start_ptr": table,
@@ -216,7 +223,21 @@ def aot_cases() -> list[AotCase]:
                 "WIDE": False,
                 "CHUNK": launch.chunk_size,
                 "STEPS": launch.fwd_steps,
-                "BLOCK_D": launch.block,
+                **staging(
+                    d_state,
+                    launch.chunk_size,
+                    launch.fwd_block,
+                    launch.fwd_steps,
+                    rows=3,
+                    row_bytes=DTYPES[dtype].itemsize,
+                ),
+                **bringing(
+                    d_state,
+                    launch.fwd_block,
+                    torch.empty(1, 1, 1, d_state + packed, dtype=DTYPES[dtype])[..., :d_state],
+                ),
+                **row_copies(DTYPES[dtype], launch.fwd_block, not packed),
+                "BLOCK_D": launch.fwd_block,
                 "BLOCK_N": padded_state(d_state),
                 "FULL_D": not packed,
                 "FULL_N": True,

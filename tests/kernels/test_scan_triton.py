@@ -27,11 +27,13 @@ TINY = ScanLaunch(
     serial=False,
     run_length=128,
     block=4,
+    fwd_block=4,
     fwd_steps=2,
     fwd_registers=None,
     serial_registers=None,
     bwd_steps=2,
     bwd_registers=None,
+    bwd_programs=3,
     bwd_splits=1,
 )
 
@@ -131,7 +133,7 @@ DIRECT = {
         make,
         (2, 6, 6, 2, 3),
         {},
-        {"launch": replace(TINY, block=2)},
+        {"launch": replace(TINY, block=2, fwd_block=2)},
     ),
     "one pass": (make, (1, 9, 5, 1, 3), {}, {"launch": SERIAL}),
     "one pass, reverse": (make, (1, 9, 5, 1, 2), {}, {"launch": SERIAL, "reverse": True}),
@@ -313,6 +315,15 @@ def test_gpu_matches_reference(name: str, serial: bool | None) -> None:
         device = torch.device("cuda")
         launch = replace(scan_launch(batch, length, d_inner, groups, d_state, device, seqs), serial=serial)
     check(args, launch=launch, lengths=lengths, **call)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["odd", "bfloat16 groups", "N3", "N64", "N256", "packed reverse"])
+def test_gpu_sums_in_any_order(name: str) -> None:
+    """dB and dC where all programs add to one buffer, which torch's deterministic algorithms rule out."""
+    shape, options, call = GPU[name]
+    torch.use_deterministic_algorithms(False)
+    check(make(*shape, **options, device="cuda"), launch=None, lengths=options.get("lengths"), **call)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,159 @@
+"""Tiles of states that a program of one warp puts aside: in shared memory, or in device memory to be fetched.
+
+Each lane reads back what it stored itself, so nobody waits for anybody, and pieces of 16 bytes of all lanes
+stand side by side. Triton has no word for shared memory, so this is PTX; without it (KEPT is False) a kernel
+keeps its tiles in a scratch in device memory.
+"""
+
+# Triton kernels are a language of their own, which mypy cannot read.
+# mypy: ignore-errors
+from __future__ import annotations
+
+import functools
+
+import triton
+import triton.language as tl
+
+from ssm_modal.kernels.scan.launch import padded_state
+from ssm_modal.kernels.scan.staging import WARP, operands, pieces
+from ssm_modal.kernels.triton_math import NVIDIA
+
+
+@functools.cache
+def kept_states(d_state: int, block: int) -> dict[str, object]:
+    """Constants of a kernel that puts tiles of states aside; KEPT is False where there is no assembly."""
+    names = (
+        "KEEP", "KEEP_CONSTRAINTS", "TAKE", "TAKE_CONSTRAINTS", "LEAVE", "LEAVE_CONSTRAINTS", "FETCH",
+        "FETCH_CONSTRAINTS",
+    )  # fmt: skip
+    kept = bool(NVIDIA.value)
+    code = keep_assembly(max(1, padded_state(d_state) * block // WARP)) if kept else (None,) * 8
+    return {"KEPT": kept, **dict(zip(names, code))}
+
+
+@functools.cache
+def keep_assembly(registers: int) -> tuple[str, ...]:
+    """PTX and constraints that keep a tile of a warp in shared memory and take it back, and that leave it in
+    device memory and fetch it from there into shared memory, asynchronously.
+
+    Inputs: (the registers,) and the addresses of the lane's first pieces; pieces of all lanes stand side by
+    side.
+    """
+    wide, vector = pieces(registers)
+    places = [(i, WARP * 4 * i) for i in range(0, registers, wide)]
+    nothing = [f"mov.u32 ${i}, 0;" for i in range(registers)]
+    cache = "cg" if wide == 4 else "ca"
+    keep = [
+        f"st.shared{vector}.f32 [${2 * registers} + {at}], {operands(registers + i, wide)};"
+        for i, at in places
+    ]
+    take = [f"ld.shared{vector}.f32 {operands(i, wide)}, [${registers} + {at}];" for i, at in places]
+    leave = [
+        f"st.global{vector}.f32 [${2 * registers} + {at}], {operands(registers + i, wide)};"
+        for i, at in places
+    ]
+    fetch = [
+        f"cp.async.{cache}.shared.global [${registers} + {at}], [${2 * registers} + {at}], {4 * wide};"
+        for _, at in places
+    ]
+    out, given, address, pointer = (",".join([kind] * registers) for kind in ("=r", "f", "r", "l"))
+    return (
+        " ".join(keep + nothing),
+        f"{out},{given},{address}",
+        " ".join(take),
+        f"{out.replace('r', 'f')},{address}",
+        " ".join(leave + nothing),
+        f"{out},{given},{pointer}",
+        " ".join(fetch + nothing),
+        f"{out},{address},{pointer}",
+    )
+
+
+@triton.jit
+def keep_place(base, n, lane, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where each lane keeps its share of a tile at `base`, in its first register."""
+    Q: tl.constexpr = 32 // BLOCK_D
+    R: tl.constexpr = BLOCK_N // Q
+    PIECE: tl.constexpr = 4 if R % 4 == 0 else R
+    return base + ((n[:, None] % Q) * BLOCK_D + lane[None, :]) * (PIECE * 4)
+
+
+@triton.jit
+def keep_tile(place, tile, KEEP: tl.constexpr, KEEP_CONSTRAINTS: tl.constexpr):
+    """Store a tile [BLOCK_N, BLOCK_D]; each lane reads back what it stored itself, so nobody waits."""
+    tl.inline_asm_elementwise(
+        KEEP,
+        KEEP_CONSTRAINTS,
+        [tile, place],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=tile.shape[0] * tile.shape[1] // 32,
+    )
+
+
+@triton.jit
+def keep_row(place, row):
+    """Store one number a channel, fp32."""
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.u32 $0, 0;",
+        "=r,r,f",
+        [place, row],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def take_row(place):
+    """What `keep_row` stored."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def leave_tile(pointer, tile, LEAVE: tl.constexpr, LEAVE_CONSTRAINTS: tl.constexpr):
+    """`keep_tile` in device memory, at int64 addresses."""
+    tl.inline_asm_elementwise(
+        LEAVE,
+        LEAVE_CONSTRAINTS,
+        [tile, pointer],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=tile.shape[0] * tile.shape[1] // 32,
+    )
+
+
+@triton.jit
+def fetch_tile(place, pointer, FETCH: tl.constexpr, FETCH_CONSTRAINTS: tl.constexpr):
+    """Start copying the tile left at `pointer` to `place`; see `prefetch.py` for its arrival."""
+    tl.inline_asm_elementwise(
+        FETCH,
+        FETCH_CONSTRAINTS,
+        [place, pointer],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=place.shape[0] * place.shape[1] // 32,
+    )
+
+
+@triton.jit
+def tiles_left():
+    """What this lane left in device memory comes before what it fetches."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.cta; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def take_tile(place, TAKE: tl.constexpr, TAKE_CONSTRAINTS: tl.constexpr):
+    """The tile that `keep_tile` stored at `place`."""
+    return tl.inline_asm_elementwise(
+        TAKE,
+        TAKE_CONSTRAINTS,
+        [place],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=place.shape[0] * place.shape[1] // 32,
+    )
