@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_scan --only L8192
     python -m benchmarks.bench_scan --only "L8192 N16" --sweep
-    python -m benchmarks.bench_scan --only "L8192 N16" --sweep fwd_registers=96,128 bwd_steps=1,2
+    python -m benchmarks.bench_scan --only "L8192 N16" --sweep fwd_registers=96,128 bwd_steps=4,8
 
 The kernels alone (`selective_scan_fwd`, `selective_scan_bwd`) are timed, by CUDA events, in turn. A bare
 `--sweep` varies every field of the launch, one at a time; `FIELD=V,V` tries those values, all combinations of
