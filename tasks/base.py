@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ssm_modal
 from ssm_modal.backbone import Backbone
 from ssm_modal.checkpoints.native import check_fit
+from ssm_modal.cli.logged_steps import logs_this_step
 from ssm_modal.errors import CheckpointError
 from ssm_modal.heads.chunked_loss import IGNORE
 from ssm_modal.kernels.sequences import Sequences
@@ -201,7 +202,11 @@ class TrainingTask(LightningModule):
         # Seeding with a string hashes it (SHA-512), the same in every process.
         own = random.Random(f"{seed}/{self.trainer.global_rank}/{counter}").getrandbits(63)
         random.seed(own)
-        torch.manual_seed(own)
+        if self.device.type == "cpu":
+            # torch.manual_seed would take down the whole stack for a GPU that may come: 2 ms at every step.
+            torch.default_generator.manual_seed(own)
+        else:
+            torch.manual_seed(own)
         try:
             import numpy as np
         except ImportError:
@@ -219,11 +224,13 @@ class TrainingTask(LightningModule):
         # DDP averages gradients over the processes: with this factor the result is the mean over all targets,
         # also where the processes hold unequal numbers of them.
         loss = out.loss * (world / count).to(out.loss.dtype)
-        self.log("train/loss", (totals[0] / count).float(), prog_bar=True)
+        if logs_this_step(self.trainer):
+            self.log("train/loss", (totals[0] / count).float(), prog_bar=True)
         return loss
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log("lr", optimizer.param_groups[0]["lr"])
+        if logs_this_step(self.trainer):
+            self.log("lr", optimizer.param_groups[0]["lr"])
 
     # ------------------------------------------------------------------ validation and test
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_modal.backbone import Segment, sum_over_segments
+from ssm_modal.cli.logged_steps import logs_this_step
 from ssm_modal.tasks.base import (
     DEFAULT_OPTIMIZER,
     DEFAULT_SCHEDULE,
@@ -165,6 +166,8 @@ class SyntheticTask(TrainingTask):
         return model.logits(hidden)
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        if not logs_this_step(self.trainer):
+            return
         # The first group may be one that is kept as it started (multiplier 0): the rate without multipliers.
         moving = [g for g in optimizer.param_groups if g["initial_lr"] > 0]
         factor = moving[0]["lr"] / moving[0]["initial_lr"] if moving else 0.0

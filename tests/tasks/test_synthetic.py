@@ -14,6 +14,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from ssm_modal import create_model
+from ssm_modal.cli.callbacks import StopOnNonFinite
 from ssm_modal.datamodules.synthetic import Setting, SyntheticDataModule
 from ssm_modal.tasks.lengths import (
     IGNORE,
@@ -323,12 +324,31 @@ def test_what_is_kept_stays_and_the_logged_rate_is_that_of_the_rest(tmp_path: Pa
         ScheduleConfig(kind="linear", total_steps=11),
     )
     before = {name: p.detach().clone() for name, p in task.named_parameters()}
-    trainer.fit_loop.epoch_loop.max_steps = 5
+    trainer.fit_loop.epoch_loop.max_steps = trainer.log_every_n_steps = 5
     trainer.fit(task, datamodule=data)
     assert trainer.global_step == 5
     changed = {name for name, p in task.named_parameters() if not torch.equal(p, before[name])}
     assert changed == set(before) - {"model.embedding.weight"}
     assert trainer.callback_metrics["lr"] == pytest.approx(1e-3 * (1 - 4 / 10)), "step 4 of 0 ... 10"
+
+
+def test_only_what_is_written_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven steps the third and the sixth, where every third is written."""
+    task, data, trainer = small(tmp_path)
+    trainer.fit_loop.epoch_loop.max_steps, trainer.log_every_n_steps = 7, 3
+    seen: list[tuple[int, str]] = []
+    log = SyntheticTask.log
+
+    def record(self: SyntheticTask, name: str, *args: object, **kwargs: object) -> None:
+        if not name.startswith(("val", "test")):
+            seen.append((self.trainer.global_step, name))
+        log(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(SyntheticTask, "log", record)
+    trainer.callbacks.append(StopOnNonFinite())
+    trainer.fit(task, datamodule=data)
+    names = ("lr", "train/loss", "grad_norm")
+    assert sorted(seen) == sorted((step, name) for step in (2, 5) for name in names)
 
 
 def test_the_loss_is_the_models_loss_at_labelled_positions(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ssm_modal.cli.logged_steps import logs_this_step
+
 
 class NonFiniteError(RuntimeError):
     """Training met a loss or gradient that is NaN or infinite."""
@@ -93,7 +95,8 @@ class StopOnNonFinite(Callback):
         if trainer.world_size > 1:
             # All processes leave a step out or none does, which would wait for the others at the next one.
             torch.distributed.all_reduce(checked)
-        pl_module.log("grad_norm", norm.float())
+        if logs_this_step(trainer):
+            pl_module.log("grad_norm", norm.float())
         names = [name for name, _ in named]
         step = _Step(trainer.global_step + 1, window, losses, names, norms, checked)
         if scaler is None and all(group.get("fused") for group in optimizer.param_groups):
