@@ -120,35 +120,31 @@ def scan_launch(
     seqs: Sequences | None = None,
 ) -> ScanLaunch:
     """The launch for inputs (batch, length, d_inner), `groups` groups of B and C, packed with `seqs`."""
+    if seqs is None:
+        return _launch(batch, length, None, d_inner, groups, d_state, device)
+    longest = max(seqs.lengths)
+    # Packed sequences of very unequal length leave a serial launch waiting for the longest.
+    even = longest * seqs.n <= 2 * length
+    chunks = boundaries_shape(1, length, d_inner, d_state, groups, seqs.lengths)[0]
+    return _launch(seqs.n if even else 0, longest, chunks, d_inner, groups, d_state, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    rows: int, longest: int, chunks: int | None, d_inner: int, groups: int, d_state: int, device: torch.device
+) -> ScanLaunch:
+    """rows: sequences of about `longest` steps, 0 where they are uneven; chunks: None where they are even."""
     row = next(row for row in SHIPPED if d_state <= row[0])
-    (
-        _,
-        chunk,
-        block,
-        fwd_block,
-        fwd_steps,
-        fwd_registers,
-        serial_registers,
-        bwd_steps,
-        bwd_registers,
-    ) = row
+    _, chunk, block, fwd_block, fwd_steps, fwd_registers, serial_registers, bwd_steps, bwd_registers = row
     count = multiprocessors(device)
-    rows = batch if seqs is None else seqs.n
-    longest = length if seqs is None else max(seqs.lengths)
     group_channels = max(1, d_inner // groups)
     warps = rows * groups * -(-group_channels // fwd_block)
-    # Packed sequences of very unequal length leave a serial launch waiting for the longest.
-    even = seqs is None or longest * rows <= 2 * length
-    serial = longest <= chunk or (even and warps >= SERIAL_WARPS * count)
-    chunks = boundaries_shape(
-        batch, length, d_inner, d_state, groups, None if seqs is None else seqs.lengths
-    )[0]
+    if chunks is None:
+        chunks = rows * -(-longest // chunk)
     blocks = -(-group_channels // block)
-    wanted = BWD_PROGRAMS * count
-    splits = min(blocks, -(-wanted // max(1, chunks * groups)))
     return ScanLaunch(
         chunk_size=chunk,
-        serial=serial,
+        serial=longest <= chunk or warps >= SERIAL_WARPS * count,
         run_length=128,
         block=block,
         fwd_block=fwd_block,
@@ -158,7 +154,7 @@ def scan_launch(
         bwd_steps=bwd_steps,
         bwd_registers=bwd_registers,
         bwd_programs=None,
-        bwd_splits=splits,
+        bwd_splits=min(blocks, -(-BWD_PROGRAMS * count // max(1, chunks * groups))),
     )
 
 

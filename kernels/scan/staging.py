@@ -152,19 +152,25 @@ def bring_assembly(block_n: int, block: int, dtype: torch.dtype) -> tuple[str, i
     return "{ " + " ".join([*lines, "mov.u32 $0, 0;"]) + " }", numbers
 
 
-def bringing(d_state: int, block: int, *rows: Tensor | None) -> dict[str, object]:
-    """Constants BRING and BROUGHT of kernels that stage `rows`, B or C: 16 bytes at a time where they are
-    aligned."""
-    dtype = next(x.dtype for x in rows if x is not None)
-    whole = padded_state(d_state) == d_state and d_state * dtype.itemsize % 16 == 0
-    if not NVIDIA.value or not whole or not all(x is None or aligned(x, 16) for x in rows):
-        return {"BRING": None, "BROUGHT": 1}
-    return dict(zip(("BRING", "BROUGHT"), bring_assembly(d_state, block, dtype)))
+def can_bring(d_state: int, *rows: Tensor) -> bool:
+    """Whether the rows of B or C come whole in pieces of 16 aligned bytes."""
+    whole = padded_state(d_state) == d_state and d_state * rows[0].element_size() % 16 == 0
+    return NVIDIA.value and whole and all(aligned(x, 16) for x in rows)
+
+
+@functools.cache
+def bringing(d_state: int, block: int, dtype: torch.dtype, brought: bool) -> dict[str, object]:
+    """Constants BRING and BROUGHT of kernels that stage B or C; `brought`: 16 bytes at a time."""
+    code = bring_assembly(d_state, block, dtype) if brought else (None, 1)
+    return dict(zip(("BRING", "BROUGHT"), code))
 
 
 def aligned(x: Tensor, size: int) -> bool:
-    """Whether every row of `x` starts at a multiple of `size` bytes."""
-    return x.data_ptr() % size == 0 and all(s * x.element_size() % size == 0 for s in x.stride()[:-1])
+    """Whether every row of `x` starts at a multiple of `size` bytes, a power of two."""
+    each, bits = x.element_size(), x.data_ptr()
+    for stride in x.stride()[:-1]:
+        bits |= stride * each
+    return not bits & (size - 1)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ from ssm_modal.kernels.scan.launch import (
     shipped_launches,
 )
 from ssm_modal.kernels.scan.prefetch import DTYPES, can_copy, row_copies
-from ssm_modal.kernels.scan.staging import bringing, shared_bytes, staging
+from ssm_modal.kernels.scan.staging import bringing, can_bring, shared_bytes, staging
 from ssm_modal.kernels.scan.triton_common import (
     carry,
     last_contiguous,
@@ -159,7 +159,7 @@ def selective_scan_bwd(
         **staging(
             d_state, chunk_size, launch.fwd_block, launch.fwd_steps, rows=3, row_bytes=u.element_size()
         ),
-        **bringing(d_state, launch.fwd_block, C),
+        **bringing(d_state, launch.fwd_block, C.dtype, can_bring(d_state, C)),
         **row_copies(u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, dout, delta, z)),
         BLOCK_D=launch.fwd_block,
         FULL_D=group_channels % launch.fwd_block == 0,
@@ -250,7 +250,7 @@ def selective_scan_bwd(
         programs,
         STEPS=launch.bwd_steps,
         **gradient_staging(d_state, launch, u.dtype),
-        **bringing(d_state, launch.block, B, C),
+        **bringing(d_state, launch.block, B.dtype, can_bring(d_state, B, C)),
         **row_copies(u.dtype, launch.block, can_copy(launch.block, group_channels, u, delta, dout, z)),
         **kept,
         **channel_sum(d_state, launch.block, launch.bwd_steps, u.dtype, adds_vectors(u.device)),
@@ -332,8 +332,6 @@ def aot_cases() -> list[AotCase]:
             variants += [("fp32", False), ("fp16", True)]
         for dtype, packed in variants:
             minor = d_state not in (16, 256)
-            # Rows of B and C as packed sequences have them are not aligned here.
-            rows = torch.empty(1, 1, 1, d_state + packed, dtype=DTYPES[dtype])[..., :d_state]
             table = "*i64" if packed else None
             names = ("dout", "u", "delta", "b", "c", "z")
             strides = {f"{name}_{axis}": 16 for name in names for axis in ("batch", "time")}
@@ -366,7 +364,12 @@ def aot_cases() -> list[AotCase]:
                     rows=3,
                     row_bytes=DTYPES[dtype].itemsize,
                 ),
-                **bringing(d_state, launch.fwd_block, rows),
+                **bringing(
+                    d_state,
+                    launch.fwd_block,
+                    DTYPES[dtype],
+                    not packed and d_state * DTYPES[dtype].itemsize % 16 == 0,
+                ),
                 **row_copies(DTYPES[dtype], launch.fwd_block, not packed),
                 "BLOCK_D": launch.fwd_block,
                 "BLOCK_N": padded_state(d_state),
@@ -398,7 +401,12 @@ def aot_cases() -> list[AotCase]:
                 "STEPS": launch.bwd_steps,
                 "BLOCK_D": launch.block,
                 **gradient_staging(d_state, launch, DTYPES[dtype]),
-                **bringing(d_state, launch.block, rows),
+                **bringing(
+                    d_state,
+                    launch.block,
+                    DTYPES[dtype],
+                    not packed and d_state * DTYPES[dtype].itemsize % 16 == 0,
+                ),
                 **row_copies(DTYPES[dtype], launch.block, not packed),
                 **kept_states(d_state, launch.block),
                 **channel_sum(d_state, launch.block, launch.bwd_steps, DTYPES[dtype], vectors=True),

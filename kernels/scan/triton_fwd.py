@@ -11,6 +11,8 @@ are what the backward gets.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -26,7 +28,7 @@ from ssm_modal.kernels.scan.launch import (
 )
 from ssm_modal.kernels.scan.output_kernels import output_kernel
 from ssm_modal.kernels.scan.prefetch import DTYPES, can_copy, row_copies
-from ssm_modal.kernels.scan.staging import bringing, staging
+from ssm_modal.kernels.scan.staging import bringing, can_bring, staging
 from ssm_modal.kernels.scan.triton_common import (
     carry,
     last_contiguous,
@@ -92,26 +94,22 @@ def selective_scan_fwd(
     blocks_per_group = triton.cdiv(group_channels, launch.fwd_block)
     blocks = groups * blocks_per_group
     shape_args = (length, n_chunks, d_inner, d_state, group_channels, blocks_per_group, blocks)
-    options = {
-        "SOFTPLUS": delta_softplus,
-        "PACKED": seqs is not None,
-        "REVERSE": reverse,
-        "WIDE": wide_offsets(
-            chunk_size, *(x.stride(1) for x in (u, delta, B, C, out, u if z is None else z))
-        ),
-        "CHUNK": chunk_size,
-        "STEPS": launch.fwd_steps,
-        **staging(
-            d_state, chunk_size, launch.fwd_block, launch.fwd_steps, rows=3, row_bytes=u.element_size()
-        ),
-        **bringing(d_state, launch.fwd_block, B, C),
-        **row_copies(u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, u, delta, z)),
-        "BLOCK_D": launch.fwd_block,
-        "BLOCK_N": padded_state(d_state),
-        "FULL_D": group_channels % launch.fwd_block == 0,
-        "FULL_N": padded_state(d_state) == d_state,
-        "num_warps": 1,
-    }
+    u_strides, delta_strides, b_strides = u.stride()[:2], delta.stride()[:2], B.stride()[:3]
+    c_strides, z_strides = C.stride()[:3], (0, 0) if z is None else z.stride()[:2]
+    out_strides = (length * d_inner, d_inner)
+    times = (s[1] for s in (u_strides, delta_strides, b_strides, c_strides, z_strides, out_strides))
+    options = _constants(
+        launch,
+        d_state,
+        u.dtype,
+        group_channels,
+        delta_softplus,
+        seqs is not None,
+        reverse,
+        wide_offsets(chunk_size, *times),
+        can_bring(d_state, B, C),
+        can_copy(launch.fwd_block, group_channels, u, delta, z),
+    )
     chunk_start, chunk_end = (None, None) if table is None else (table.start, table.end)
     if launch.serial:
         items = rows
@@ -133,13 +131,9 @@ def selective_scan_fwd(
             sums,
             chunk_start,
             chunk_end,
-            u.stride(0),
-            u.stride(1),
-            delta.stride(0),
-            delta.stride(1),
-            B.stride(0),
-            B.stride(1),
-            B.stride(2),
+            *u_strides,
+            *delta_strides,
+            *b_strides,
             *shape_args,
             maxnreg=launch.fwd_registers,
             **options,
@@ -169,26 +163,51 @@ def selective_scan_fwd(
         initial if launch.serial else None,
         final if launch.serial else None,
         *bounds,
-        u.stride(0),
-        u.stride(1),
-        delta.stride(0),
-        delta.stride(1),
-        B.stride(0),
-        B.stride(1),
-        B.stride(2),
-        C.stride(0),
-        C.stride(1),
-        C.stride(2),
-        0 if z is None else z.stride(0),
-        0 if z is None else z.stride(1),
-        out.stride(0),
-        out.stride(1),
+        *u_strides,
+        *delta_strides,
+        *b_strides,
+        *c_strides,
+        *z_strides,
+        *out_strides,
         *shape_args,
         SERIAL=launch.serial,
         maxnreg=launch.serial_registers if launch.serial else launch.fwd_registers,
         **options,
     )
     return out, final.transpose(1, 2).contiguous(), states
+
+
+@functools.lru_cache(maxsize=512)
+def _constants(
+    launch: ScanLaunch,
+    d_state: int,
+    dtype: torch.dtype,
+    group_channels: int,
+    softplus: bool,
+    packed: bool,
+    reverse: bool,
+    wide: bool,
+    brought: bool,
+    copied: bool,
+) -> dict[str, object]:
+    """What both kernels are compiled for, the same dict in every call."""
+    block = launch.fwd_block
+    return {
+        "SOFTPLUS": softplus,
+        "PACKED": packed,
+        "REVERSE": reverse,
+        "WIDE": wide,
+        "CHUNK": launch.chunk_size,
+        "STEPS": launch.fwd_steps,
+        **staging(d_state, launch.chunk_size, block, launch.fwd_steps, rows=3, row_bytes=dtype.itemsize),
+        **bringing(d_state, block, dtype, brought),
+        **row_copies(dtype, block, copied),
+        "BLOCK_D": block,
+        "BLOCK_N": padded_state(d_state),
+        "FULL_D": group_channels % block == 0,
+        "FULL_N": padded_state(d_state) == d_state,
+        "num_warps": 1,
+    }
 
 
 def aot_cases() -> list[AotCase]:
@@ -201,6 +220,20 @@ def aot_cases() -> list[AotCase]:
         for dtype, packed in variants:
             minor = d_state not in (16, 256)
             table = "*i64" if packed else None
+            # Packed here stands for what is not whole and not aligned, too.
+            brought = not packed and d_state * DTYPES[dtype].itemsize % 16 == 0
+            constants = _constants(
+                launch,
+                d_state,
+                DTYPES[dtype],
+                2048 - packed,
+                True,
+                packed,
+                packed,
+                False,
+                brought,
+                not packed,
+            )
             shared: dict[str, object] = {
                 "u_ptr": f"*{dtype}",
                 "delta_ptr": f"*{dtype}",
@@ -217,30 +250,7 @@ def aot_cases() -> list[AotCase]:
                 "group_channels": 2048,
                 "blocks_per_group": 64,
                 "blocks": 64,
-                "SOFTPLUS": True,
-                "PACKED": packed,
-                "REVERSE": packed,
-                "WIDE": False,
-                "CHUNK": launch.chunk_size,
-                "STEPS": launch.fwd_steps,
-                **staging(
-                    d_state,
-                    launch.chunk_size,
-                    launch.fwd_block,
-                    launch.fwd_steps,
-                    rows=3,
-                    row_bytes=DTYPES[dtype].itemsize,
-                ),
-                **bringing(
-                    d_state,
-                    launch.fwd_block,
-                    torch.empty(1, 1, 1, d_state + packed, dtype=DTYPES[dtype])[..., :d_state],
-                ),
-                **row_copies(DTYPES[dtype], launch.fwd_block, not packed),
-                "BLOCK_D": launch.fwd_block,
-                "BLOCK_N": padded_state(d_state),
-                "FULL_D": not packed,
-                "FULL_N": True,
+                **{name: value for name, value in constants.items() if name != "num_warps"},
             }
             strides = {
                 f"{name}_{axis}": 16
