@@ -1,13 +1,13 @@
-"""Rows of B and C staged in shared memory, and states kept there, by the one warp of a program.
+"""Rows of B and C staged in shared memory by the one warp of a program.
 
 All lanes of a warp need the same row of B and C at every step. Read from device memory, each row costs the
 latency of the second-level cache at the step that uses it; so a program brings the rows of STAGE steps at a
 time into shared memory, in fp32, and reads them back by broadcast.
 
-Triton has no word for shared memory, so this is PTX; under the interpreter and on other makes of GPU
-rows are loaded as they are used. What the assembly takes for granted of a tile's layout
-(`state_tile` in `triton_common.py`): register i of a lane is state i * Q + lane // BLOCK_D, where Q = 32 /
-BLOCK_D lanes share a channel. A staged row is stored so that the states of one lane stand together.
+Triton has no word for shared memory, so this is PTX; under the interpreter and on other makes of GPU rows are
+loaded as they are used. What the assembly takes for granted of a tile's layout (`state_tile` in
+`triton_common.py`): register i of a lane is state i * Q + lane // BLOCK_D, where Q = 32 / BLOCK_D lanes share a
+channel. A staged row is stored so that the states of one lane stand together.
 """
 
 # Triton kernels are a language of their own, which mypy cannot read.
@@ -27,7 +27,7 @@ from ssm_modal.kernels.triton_math import NVIDIA
 
 WARP = 32
 
-# Bytes of shared memory that the rows of B and C of one program may take: twelve programs a multiprocessor.
+# Bytes of shared memory that the rows of B and C of one program may take.
 STAGE_BYTES = 8192
 # Numbers of B, and as many of C, brought in together.
 PIECE_NUMBERS = tl.constexpr(128)

@@ -275,8 +275,7 @@ def selective_scan_bwd(
 
 
 def gradient_stage(d_state: int) -> int:
-    """Bytes of B and C that a gradient program stages: few, which leaves room for the states that it
-    keeps."""
+    """Bytes of B and C that a gradient program stages: few, as it keeps states beside them."""
     return 2048 if d_state <= 16 else 4096
 
 
