@@ -6,8 +6,8 @@ time into shared memory, in fp32, and reads them back by broadcast.
 
 Triton has no word for shared memory, so this is PTX; under the interpreter and on other makes of GPU rows are
 loaded as they are used. What the assembly takes for granted of a tile's layout (`state_tile` in
-`triton_common.py`): register i of a lane is state i * Q + lane // BLOCK_D, where Q = 32 / BLOCK_D lanes share a
-channel. A staged row is stored so that the states of one lane stand together.
+`triton_common.py`): register i of a lane is state i * Q + lane // BLOCK_D, where Q = 32 / BLOCK_D lanes share
+a channel. A staged row is stored so that the states of one lane stand together.
 """
 
 # Triton kernels are a language of their own, which mypy cannot read.
