@@ -53,8 +53,12 @@ def make(
     device: torch.device | str = "cpu",
     without: tuple[str, ...] = (),
     strided: bool = False,
+    shifted: bool = False,
 ) -> dict[str, Tensor | None]:
-    """Arguments of the scan. `strided`: u and z halves of one tensor, delta transposed, B and C slices."""
+    """Arguments of the scan. `strided`: u and z halves of one tensor, delta transposed, B and C slices.
+
+    `shifted`: u, delta, z, B and C start one number into their storage, so that no row is aligned.
+    """
     rows = batch if lengths is None else len(lengths)
     args: dict[str, Tensor | None] = {
         "u": torch.randn(batch, length, d_inner),
@@ -74,7 +78,12 @@ def make(
         args["delta"] = args["delta"].transpose(1, 2).contiguous().transpose(1, 2)
         joined = torch.cat([args["B"].flatten(2), args["C"].flatten(2)], 2)
         args["B"], args["C"] = (m.unflatten(2, (groups, d_state)) for m in joined.chunk(2, 2))
-    return {k: None if k in without or v is None else v.to(device) for k, v in args.items()}
+    args = {k: None if k in without or v is None else v.to(device) for k, v in args.items()}
+    if shifted:
+        for name in ("u", "delta", "z", "B", "C"):
+            x = args[name]
+            args[name] = x.new_zeros(*x.shape[:-1], x.shape[-1] + 2)[..., 1:-1].copy_(x)
+    return args
 
 
 def check(
@@ -179,6 +188,7 @@ DIRECT = {
         {"dtype": torch.bfloat16, "strided": True},
         {"launch": TINY},
     ),
+    "shifted": (make, (1, 9, 6, 1, 4), {"shifted": True}, {"launch": TINY}),
     "float16, wide offsets": (
         make,
         (1, 6, 4, 1, 16),
@@ -287,7 +297,11 @@ GPU = {
     "reverse": ((2, 500, 257, 1, 16), {}, {"reverse": True}),
     "bfloat16 groups": ((2, 777, 96, 3, 16), {"dtype": torch.bfloat16}, {}),
     "float16 strided": ((2, 300, 64, 1, 16), {"dtype": torch.float16, "strided": True}, {}),
+    "bfloat16 shifted": ((2, 300, 64, 1, 16), {"dtype": torch.bfloat16, "shifted": True}, {}),
+    "shifted reverse": ((1, 300, 96, 2, 16), {"shifted": True}, {"reverse": True}),
     "N1": ((2, 333, 70, 1, 1), {}, {}),
+    "N8": ((2, 333, 64, 1, 8), {"dtype": torch.bfloat16}, {}),
+    "N32": ((1, 300, 64, 1, 32), {"dtype": torch.float16}, {}),
     "N3": ((1, 333, 70, 2, 3), {}, {"reverse": True}),
     "N64": ((1, 600, 64, 1, 64), {}, {}),
     "N100": ((1, 300, 40, 1, 100), {}, {}),
