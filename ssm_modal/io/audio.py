@@ -23,6 +23,9 @@ from ssm_modal.io.resampling import read_resampled, resampled_frames
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 # Frames decoded at once while a file is checked.
 _BLOCK = 1 << 20
+# An MP3 frame takes bits from frames before it: where decoding begins in the middle, what comes first is
+# wrong. The bits reach back up to 511 bytes; 2^14 samples sufficed at every bit rate that was tried.
+_MP3_BEFORE = 1 << 15
 # Programs that write to a pipe cannot know the size and leave one near the largest, or 0.
 _SIZE_UNKNOWN = 0x7FFFF000
 
@@ -208,7 +211,7 @@ def _silent(start: int, stop: int) -> str:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[AudioFile, Any]]:
     """The header of `path` and the soundfile object, closed at the end."""
-    soundfile = _soundfile()
+    soundfile = load_soundfile()
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r}: there is no such audio file")
     if path.stat().st_size == 0:
@@ -231,11 +234,12 @@ def _opened(path: Path) -> Iterator[tuple[AudioFile, Any]]:
         )
 
 
-def _soundfile() -> Any:
+def load_soundfile() -> Any:
+    """The module soundfile; raises ImportError naming the command that mends it where it is missing."""
     try:
         import soundfile
     except ImportError as error:
-        raise ImportError("reading audio needs soundfile: pip install 'ssm-modal[audio]'") from error
+        raise ImportError("audio files need soundfile: pip install 'ssm-modal[audio]'") from error
     return soundfile
 
 
@@ -258,10 +262,13 @@ def _check_whole(path: Path) -> None:
 
 def _decode(info: AudioFile, source: Any, start: int, stop: int) -> Tensor:
     """Frames [start, stop) at the file's own rate, (stop - start, channels) float32, all of them finite."""
-    soundfile = _soundfile()
+    soundfile = load_soundfile()
     try:
-        source.seek(start)
-        raw = source.read(stop - start, dtype="float32", always_2d=True)
+        before = 0
+        if source.tell() != start:
+            before = min(start, _MP3_BEFORE) if info.format == "MP3" else 0
+            source.seek(start - before)
+        raw = source.read(before + stop - start, dtype="float32", always_2d=True)[before:]
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", None) or "the decoder gives no reason"
         raise AudioError(

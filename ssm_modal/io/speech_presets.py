@@ -24,6 +24,7 @@ WORDS = tuple(
     )
 )
 UNKNOWN = "_unknown_"
+_LISTS = (("validation_list.txt", "validation"), ("testing_list.txt", "test"))
 
 
 def free_spoken_digits(
@@ -67,7 +68,7 @@ def speech_commands(
     other recording "train". `_background_noise_` is left out.
 
     words: 35: all of them. 10: down, go, left, no, off, on, right, stop, up, yes; the other words' recordings
-        are left out, or with `unknown` labelled "_unknown_" (three quarters of all then).
+        are left out, or with `unknown` labelled "_unknown_".
 
     Raises FileNotFoundError for a missing list or a word without a folder, AudioError for a recording that a
     list names and that is not there (or left out).
@@ -82,8 +83,9 @@ def speech_commands(
     wanted = WORDS if words == 35 or unknown else TEN_WORDS
     left_out: list[LeftOut] = []
     splits: dict[str, str] = {}
-    for name, split in (("validation_list.txt", "validation"), ("testing_list.txt", "test")):
-        for line, inside in enumerate(_list(root / name), 1):
+    lists = [(name, split, _list(root / name)) for name, split in _LISTS]
+    for name, split, lines in lists:
+        for line, inside in enumerate(lines, 1):
             if inside.split("/")[0] not in wanted:
                 continue
             splits[inside] = split
@@ -111,4 +113,4 @@ def _list(file: Path) -> list[str]:
         raise FileNotFoundError(
             f"{str(file)!r}: there is no such list, expected the official one of Speech Commands"
         )
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssm_modal.io.atomic import atomic_write
+from ssm_modal.io.audio import load_soundfile
 
 Subtype = Literal["PCM_16", "PCM_24", "FLOAT"]
 
@@ -25,8 +26,7 @@ def write_wav(
     A reader finds the old file or the whole new one. Raises TypeError or ValueError for a waveform of another
     shape or dtype, without a frame, or with a NaN or infinite sample, and OSError when the disk is full.
     """
-    import soundfile
-
+    soundfile = load_soundfile()
     if not waveform.is_floating_point():
         raise TypeError(f"waveform is {waveform.dtype}, expected a floating dtype")
     if waveform.dim() not in (1, 2) or waveform.numel() == 0:

@@ -131,7 +131,7 @@ def test_a_manifest_with_a_bad_header_is_refused(tmp_path: Path, content: str | 
     for skip_bad in (False, True):
         with pytest.raises(ManifestError, match=rf"list\.csv: {problem}"):
             read_manifest(file, skip_bad=skip_bad)
-    with pytest.raises(FileNotFoundError, match="manifest is '.*gone"):
+    with pytest.raises(FileNotFoundError, match=r"manifest is '.*gone"):
         read_manifest(tmp_path / "gone.csv")
 
 
@@ -161,7 +161,7 @@ def test_splits_are_even_and_keep_files_together() -> None:
     assert [r.split for r in assign_splits(given, 0.0, 0.0)] == ["test", "train"]
     with pytest.raises(ValueError, match=r"sum to 1\.1"):
         assign_splits(given, 0.5, 0.6)
-    with pytest.raises(ValueError, match="val_fraction is -0.1"):
+    with pytest.raises(ValueError, match=r"val_fraction is -0\.1"):
         assign_splits(given, -0.1)
 
 
@@ -187,7 +187,7 @@ def test_clips_are_checked_read_and_left_out(tmp_path: Path) -> None:
     whole = clips[0].read()
     assert torch.equal(clips[1].read(), whole[8:24])
     assert torch.equal(clips[1].read(3, 5), whole[11:16])
-    with pytest.raises(ValueError, match="samples 10 to 17 of .*: the clip has 16"):
+    with pytest.raises(ValueError, match=r"samples 10 to 17 of .*: the clip has 16"):
         clips[1].read(10, 7)
     for one in recordings[2:]:
         with pytest.raises((AudioError, FileNotFoundError), match=one.path.name):
@@ -223,7 +223,8 @@ def test_free_spoken_digits_official_and_left_out(tmp_path: Path) -> None:
 
 
 def test_speech_commands_official_split(tmp_path: Path) -> None:
-    assert len(WORDS) == 35 and set(TEN_WORDS) < set(WORDS)
+    assert len(WORDS) == 35
+    assert set(TEN_WORDS) < set(WORDS)
     for word in WORDS:
         touch(*(tmp_path / word / f"{who}_nohash_0.wav" for who in ("aa", "bb", "cc")))
     touch(tmp_path / "_background_noise_" / "pink.wav", tmp_path / "README.md")

@@ -57,15 +57,15 @@ def test_configs_and_errors(tmp_path: Path) -> None:
     tokenizer = MuLawTokenizer()
     config = json.loads(tokenizer.save(tmp_path / "t.json").read_text())
     assert MuLawTokenizer.from_config(config).fingerprint() == tokenizer.fingerprint()
-    with pytest.raises(ValueError, match="expected .*'mu_law'"):
+    with pytest.raises(ValueError, match=r"expected .*'mu_law'"):
         MuLawTokenizer.from_config({**config, "levels": 16})
     for ids in ([0, 258], [0, -1]):
         for function in (tokenizer.decode, tokenizer.check_ids):
             with pytest.raises(ValueError, match=rf"ids\[1\] is {ids[1]}, expected 0 to 257"):
                 function(ids)
-    with pytest.raises(TypeError, match="ids is torch.float32"):
+    with pytest.raises(TypeError, match=r"ids is torch\.float32"):
         tokenizer.decode(torch.tensor([0.5]))
-    with pytest.raises(TypeError, match="waveform is torch.int16, expected a floating dtype"):
+    with pytest.raises(TypeError, match=r"waveform is torch\.int16, expected a floating dtype"):
         tokenizer.encode(torch.tensor([1], dtype=torch.int16))
     with pytest.raises(ValueError, match="waveform holds NaN"):
         tokenizer.encode(torch.tensor([float("nan")]))
