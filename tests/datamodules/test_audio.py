@@ -295,9 +295,10 @@ def test_bad_files_end_the_run_or_are_left_out_and_listed(folder: Path, tmp_path
     for batch in itertools.islice(data.train_dataloader(), 9):
         assert torch.isfinite(batch["waveform"]).all()
     # Asked for, the last two and silence are fine.
+    fine = module(folder, skip_bad=True, mono=True, resample=True, refuse_silent=False)
     with pytest.warns(UserWarning, match="2 recordings were left out"):
-        fine = module(folder, skip_bad=True, mono=True, resample=True, refuse_silent=False)
-        assert [b.path.name for b in fine.left_out] == ["nan.wav", "broken.wav"]
+        fine.setup()
+    assert [b.path.name for b in fine.left_out] == ["nan.wav", "broken.wav"]
     with pytest.warns(UserWarning, match="left out"):
         trainer(tmp_path / "run", 1).fit(Recorder(), module(folder, skip_bad=True))
     with open(tmp_path / "run" / "left_out.csv", newline="") as file:
@@ -320,13 +321,13 @@ def test_splits_come_from_the_manifest(folder: Path, tmp_path: Path) -> None:
     lacking = module(manifest, source="manifest", root=str(folder))
     assert lacking.val_dataloader() == []
     with pytest.raises(
-        ValueError, match="the train split of .* holds no recording of b, expected one or more"
+        ValueError, match=r"the train split of .* holds no recording of b, expected one or more"
     ):
         lacking.train_dataloader()
-    with pytest.raises(ValueError, match="the validation split of .* holds no recording"):
+    with pytest.raises(ValueError, match=r"the validation split of .* holds no recording"):
         lacking.batches("validation")
     manifest.write_text("path,label\nyes/gone.wav,a\n")
-    with pytest.raises(ManifestError, match="line 2: .*there is no such file"):
+    with pytest.raises(ManifestError, match=r"line 2: .*there is no such file"):
         module(manifest, source="manifest", root=str(folder)).setup()
 
 
@@ -361,7 +362,7 @@ def test_bad_arguments_are_named(folder: Path) -> None:
         ({"batch_samples": 1.5}, r"batch_samples is 1\.5"),
         ({"eval_batch_samples": 0}, "eval_batch_samples is 0"),
         ({"window": 5}, 'window is 5 with layout "recordings"'),
-        ({"layout": "windows"}, "input is \"waveform\" with layout|input is 'waveform' with layout"),
+        ({"layout": "windows"}, "input is 'waveform' with layout"),
         ({"source": "unlabelled"}, 'source is "unlabelled" with layout'),
         ({"pattern": "(a)"}, "pattern is given with source 'folder'"),
         ({"left_out_speaker": "ann"}, "left_out_speaker is given with source 'folder'"),
@@ -428,9 +429,9 @@ def test_a_run_goes_on_with_the_batches_it_would_have_had(folder: Path, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(want, seen))
     stored = torch.load(checkpoint, weights_only=True)["AudioDataModule"]
     assert stored == {"classes": ["no", "yes"], "sample_rate": 8000, "input": "waveform"}
+    other, new = module(folder, sample_rate=4000, resample=True), trainer(tmp_path / "new", 8)
     with pytest.raises(ValueError, match="the checkpoint was trained with sample_rate 8000, got 4000"):
-        other = module(folder, sample_rate=4000, resample=True)
-        trainer(tmp_path / "new", 8).fit(Recorder(), other, ckpt_path=checkpoint)
+        new.fit(Recorder(), other, ckpt_path=checkpoint)
 
 
 def test_real_digits_pack_to_their_published_size() -> None:

@@ -6,6 +6,8 @@ import errno
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -242,3 +244,21 @@ def test_a_wav_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         write_wav(file, torch.zeros(3), 8000)
     assert read_audio(file).tolist() == [0.5, -0.5]
     assert os.listdir(tmp_path) == ["a.wav"]
+
+
+def test_the_readers_are_imported_without_the_extra() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('soundfile', 'torchaudio', 'lightning'):\n"
+        "    sys.modules[name] = None\n"
+        "import ssm_modal.io, ssm_modal.tokenizers, torch\n"
+        "print(ssm_modal.tokenizers.MuLawTokenizer().encode(torch.tensor([0.5])).item())\n"
+        "try:\n"
+        "    ssm_modal.io.read_audio('a.wav')\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "239\naudio files need soundfile: pip install 'ssm-modal[audio]'\n"
