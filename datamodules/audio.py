@@ -225,8 +225,7 @@ class AudioDataModule(pl.LightningDataModule):
             self.window,
             run_seed(self.seed),
         )
-        augment = self.augment if train else None
-        return AudioBatches(clips, plan, self._classes, self.layout, self.input, augment)
+        return AudioBatches(clips, plan, self._classes, self.layout, self.input, self.augment)
 
     def train_dataloader(self) -> ResumableLoader:
         return ResumableLoader.training(

@@ -23,6 +23,8 @@ from ssm_modal.io.resampling import read_resampled, resampled_frames
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 # Frames decoded at once while a file is checked.
 _BLOCK = 1 << 20
+# The longest an OGG page can be.
+_OGG_PAGE = 65307
 # An MP3 frame takes bits from frames before it: where decoding begins in the middle, what comes first is
 # wrong. The bits reach back up to 511 bytes; 2^14 samples sufficed at every bit rate that was tried.
 _MP3_BEFORE = 1 << 15
@@ -227,7 +229,9 @@ def _opened(path: Path) -> Iterator[tuple[AudioFile, Any]]:
         if source.frames == 0:
             raise AudioError(path, "the file holds 0 frames, expected some")
         if source.format in ("WAV", "WAVEX"):
-            _check_whole(path)
+            _check_whole_wav(path)
+        elif source.format == "OGG":
+            _check_whole_ogg(path)
         yield (
             AudioFile(path, source.samplerate, source.frames, source.channels, source.format, source.subtype),
             source,
@@ -243,7 +247,7 @@ def load_soundfile() -> Any:
     return soundfile
 
 
-def _check_whole(path: Path) -> None:
+def _check_whole_wav(path: Path) -> None:
     """Raise AudioError where a WAV file ends before the size its header gives; libsndfile would not say."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -258,6 +262,17 @@ def _check_whole(path: Path) -> None:
                     )
                 return
             file.seek(here + length + length % 2)
+
+
+def _check_whole_ogg(path: Path) -> None:
+    """Raise AudioError where an OGG file's last page is not marked as the end; libsndfile would not say."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _OGG_PAGE))
+        tail = file.read()
+    at = tail.rfind(b"OggS")
+    # Byte 5 of a page's header holds its flags, 4 for the last page of the stream (RFC 3533).
+    if at < 0 or at + 5 >= len(tail) or not tail[at + 5] & 4:
+        raise AudioError(path, "the file is cut short: its last page is not marked as the end of the stream")
 
 
 def _decode(info: AudioFile, source: Any, start: int, stop: int) -> Tensor:

@@ -155,6 +155,9 @@ def bad_files(folder: Path) -> dict[str, str]:
     good = write(folder / "good.wav", noise(1000), subtype="PCM_16").read_bytes()
     (folder / "short.wav").write_bytes(good[: len(good) - 600])
     (folder / "short.flac").write_bytes(write(folder / "good.flac", noise(20_000)).read_bytes()[:-9000])
+    # Cut at a page: what is left decodes without an error.
+    ogg = write(folder / "good.ogg", noise(40_000)).read_bytes()
+    (folder / "short.ogg").write_bytes(ogg[: ogg.rindex(b"OggS")])
     nan = noise(50)
     nan[17] = float("nan")
     write(folder / "nan.wav", nan, subtype="FLOAT")
@@ -168,6 +171,7 @@ def bad_files(folder: Path) -> dict[str, str]:
         "nothing.wav": "the file holds 0 frames",
         "short.wav": "the file is cut short: it holds 1400 of 2000 bytes",
         "short.flac": "corrupt: ",
+        "short.ogg": "the file is cut short: its last page is not marked as the end",
         "nan.wav": r"frame 17 is nan \(1 such samples in frames 0 to 50\), expected finite numbers",
         "infinite.wav": "frame 3 is -inf in channel 1",
         "silent.wav": "all samples of frames 0 to 64 are 0",
