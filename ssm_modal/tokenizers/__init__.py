@@ -11,11 +11,13 @@ from ssm_modal.tokenizers.text import (
     load_tokenizer,
     tokenizer_from_config,
 )
+from ssm_modal.tokenizers.waveform import MuLawTokenizer
 
 __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "HuggingFaceTokenizer",
+    "MuLawTokenizer",
     "StreamDecoder",
     "TextTokenizer",
     "build_tokenizer",
