@@ -310,8 +310,8 @@ class TrainingTask(LightningModule):
 
     def check_data(self, data: Any) -> None:
         """Raise ValueError where the model cannot take the ids of the data module `data`."""
-        wanted = getattr(data, "vocab_size", None)
         have = self.hparams["model_config"].get("vocab_size")
+        wanted = getattr(data, "vocab_size", None) if have is not None else None
         if isinstance(wanted, int) and isinstance(have, int) and wanted > have:
             raise ValueError(
                 f"the data has a vocabulary of {wanted} ids, but the model's vocab_size is {have}; set "

@@ -23,7 +23,6 @@ from ssm_modal.tasks.base import (
     ScheduleConfig,
     StepOutput,
     TrainingTask,
-    model_input,
 )
 
 _CHECKPOINT_KEY = "ssm_modal_classification"
