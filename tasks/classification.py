@@ -97,12 +97,8 @@ class Classification(TrainingTask):
     def check_data(self, data: Any) -> None:
         """Raise ValueError where the model has not the data's number of classes or takes another input."""
         super().check_data(data)
-        names = tuple(getattr(data, "classes", ()))
-        if names and len(names) != self.n_classes:
-            raise ValueError(
-                f"the data has {len(names)} classes ({_some(names)}), but the model's n_classes is "
-                f"{self.n_classes}; set model.init_args.overrides.n_classes to {len(names)}"
-            )
+        if self._trainer is None or self.trainer.state.fn == "fit":
+            self._check_classes(data)
         config = getattr(self.model, "config", None)
         given = getattr(data, "input", None)
         if not isinstance(config, SequenceClassifierConfig) or given not in ("waveform", "mu_law"):
@@ -121,6 +117,24 @@ class Classification(TrainingTask):
                 f"model.init_args.overrides.vocab_size to {wanted} or more"
             )
 
+    def _check_classes(self, data: Any) -> None:
+        names = tuple(getattr(data, "classes", ()))
+        if names and len(names) != self.n_classes:
+            raise ValueError(
+                f"the data has {len(names)} classes ({_some(names)}), but the model's n_classes is "
+                f"{self.n_classes}; set model.init_args.overrides.n_classes to {len(names)}"
+            )
+
+    # Outside training the data may lack classes; their names then come from the checkpoint, loaded by now.
+    def on_validation_start(self) -> None:
+        self._check_classes(self._data)
+
+    def on_test_start(self) -> None:
+        self._check_classes(self._data)
+
+    def on_predict_start(self) -> None:
+        self._check_classes(self._data)
+
     # ------------------------------------------------------------------ training, validation, test
 
     def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
@@ -132,9 +146,7 @@ class Classification(TrainingTask):
             )
         wide = logits if logits.dtype == torch.float64 else logits.float()
         smoothing = self.label_smoothing if stage == "train" else 0.0
-        loss = F.cross_entropy(
-            wide, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
-        )
+        loss = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
         known = labels != IGNORE
         count = known.sum()
         if stage == "train":
@@ -249,7 +261,9 @@ def predictions_table(
     rows: list[tuple[int, list[Any]]] = []
     for batch in batches:
         numbers = batch.get("recordings")
-        places = range(len(rows), len(rows) + len(batch["predicted"])) if numbers is None else numbers.tolist()
+        places = (
+            range(len(rows), len(rows) + len(batch["predicted"])) if numbers is None else numbers.tolist()
+        )
         for place, best, label, probabilities in zip(
             places, batch["predicted"].tolist(), batch["labels"].tolist(), batch["probabilities"].tolist()
         ):

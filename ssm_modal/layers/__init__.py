@@ -1,4 +1,5 @@
-"""Layers: what makes vectors of an input, mixers along the length (Mamba, S4D, attention, either bidirectional), MLP and RMSNorm."""
+"""Layers: what makes vectors of ids and waveforms; mixers along the length (Mamba, S4D, attention, either
+bidirectional); MLP and RMSNorm."""
 
 from ssm_modal.layers.attention import Attention, AttentionConfig, AttentionState
 from ssm_modal.layers.bidirectional import Bidirectional, BidirectionalConfig

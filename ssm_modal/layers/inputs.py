@@ -1,8 +1,8 @@
 """What turns a model's input into vectors of width d_model: token ids, or the samples of a waveform.
 
-An input layer is one call, `layer(x, state=None, *, seqs=None) -> (vectors, seqs, state)`, for whole sequences,
-packed ones and chunks of a stream: the `seqs` that comes back packs the vectors, of which a strided layer gives
-fewer than it was given samples.
+An input layer is one call, `layer(x, state=None, *, seqs=None) -> (vectors, seqs, state)`, for whole
+sequences, packed ones and chunks of a stream: the `seqs` that comes back packs the vectors, of which a
+strided layer gives fewer than it was given samples.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _window_ends(
 
 
 def _places(sample: Tensor, row: Tensor, first: Tensor, kernel: int) -> Tensor:
-    """Where samples stand that are counted in their row's chunk: below 0 among the row's kernel - 1 before it."""
+    """Where samples, counted in their row's chunk, stand in what was kept of all rows and what was given."""
     return torch.where(sample < 0, (row + 1) * (kernel - 1) + sample, first[row] + sample)
 
 
@@ -269,6 +269,4 @@ def check_waveform(owner: str, waveform: object) -> None:
     if not waveform.is_floating_point():
         raise TypeError(f"{owner}: the waveform has dtype {waveform.dtype}, expected a floating one")
     if waveform.ndim != 2:
-        raise ValueError(
-            f"{owner}: the waveform has shape {tuple(waveform.shape)}, expected (batch, length)"
-        )
+        raise ValueError(f"{owner}: the waveform has shape {tuple(waveform.shape)}, expected (batch, length)")

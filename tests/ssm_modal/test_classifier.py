@@ -1,5 +1,5 @@
-"""The sequence classifier: packed equals separate, chunks equal the whole, the strided front end against a plain
-convolution, pooling by hand, configs, errors and saving."""
+"""The sequence classifier: packed equals separate, chunks equal the whole, the strided front end against a
+plain convolution, pooling by hand, configs, errors and saving."""
 
 from __future__ import annotations
 
@@ -248,7 +248,10 @@ def test_the_registered_classifiers() -> None:
         ({"kernel": 3, "stride": 4}, "kernel is 3, expected at least stride, which is 4"),
         ({"stride": 0}, "stride is 0, expected more than 0"),
         ({"scale": -1.0}, "scale is -1.0, expected more than 0"),
-        ({"pooling": "last"}, "pooling is 'last' with a backbone that is not causal, expected 'mean' or 'max'"),
+        (
+            {"pooling": "last"},
+            "pooling is 'last' with a backbone that is not causal, expected 'mean' or 'max'",
+        ),
         ({"pooling": "median"}, "pooling is 'median', expected one of 'mean', 'last', 'max'"),
         ({"head_dropout": 1.0}, "head_dropout is 1.0, expected 0 or more and below 1"),
         ({"n_classes": 0}, "n_classes is 0, expected more than 0"),
@@ -266,8 +269,18 @@ def test_wrong_configs_are_named(overrides: dict[str, Any], message: str) -> Non
     [
         ("ids", torch.tensor([[7]]), ValueError, "the largest id is 7, expected 0 to 6"),
         ("ids", torch.tensor([[1.0]]), TypeError, "ids has dtype torch.float32, expected int64 or int32"),
-        ("waveform", torch.tensor([[1]]), TypeError, "the waveform has dtype torch.int64, expected a floating"),
-        ("strided", torch.tensor([[1]]), TypeError, "the waveform has dtype torch.int64, expected a floating"),
+        (
+            "waveform",
+            torch.tensor([[1]]),
+            TypeError,
+            "the waveform has dtype torch.int64, expected a floating",
+        ),
+        (
+            "strided",
+            torch.tensor([[1]]),
+            TypeError,
+            "the waveform has dtype torch.int64, expected a floating",
+        ),
         ("strided", torch.zeros(3), ValueError, r"x has shape \(3,\), expected \(batch, length\)"),
         ("strided", [[0.0]], TypeError, "x must be a tensor, got list"),
     ],
