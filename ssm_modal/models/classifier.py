@@ -93,8 +93,8 @@ class SequenceClassifier(Model):
         *,
         seqs: Sequences | Tensor | None = None,
     ) -> tuple[Tensor, ClassifierState | None]:
-        """x: (batch, length), ids int64 or int32 or a waveform of a floating dtype, as `config.input` says; or
-        (1, total) packed by `seqs`, a `Sequences` or cu_seqlens (sequences + 1,). state: what an earlier
+        """x: (batch, length), ids int64 or int32 or a waveform of a floating dtype, as `config.input` says;
+        or (1, total) packed by `seqs`, a `Sequences` or cu_seqlens (sequences + 1,). state: what an earlier
         call returned, or None; it is left untouched.
 
         Returns (logits (batch or sequences, n_classes) of everything seen so far, new state; None where a
