@@ -211,8 +211,13 @@ class AudioDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Find and check the recordings; at the start of `fit`, write down what was left out."""
-        self._prepare()
+        clips = self._prepare()
         trainer = self.trainer
+        if stage in ("fit", "test") and not clips["test"]:
+            rank_zero_warn(
+                f"the test split of {self.path!r} holds no recording, so nothing is tested: give it one or "
+                "more, or a larger test_fraction"
+            )
         if stage != "fit" or trainer is None or not self.skip_bad:
             return
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
@@ -258,8 +263,9 @@ class AudioDataModule(pl.LightningDataModule):
         # Without a validation split there is nothing to validate on; Lightning skips an empty list.
         return self._evaluation("validation") if self.clips("validation") else []
 
-    def test_dataloader(self) -> ResumableLoader:
-        return self._evaluation("test")
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        # A few recordings need not lose a training over a test: `setup` has said that there is none.
+        return self._evaluation("test") if self.clips("test") else []
 
     def predict_dataloader(self) -> ResumableLoader:
         return self._loader(self._batches(self._predicted(), "test"))

@@ -231,6 +231,16 @@ def test_a_folder_of_recordings_to_predictions(
     assert not list((run_dir / "results").glob(".predictions*"))
 
 
+def test_a_training_without_a_test_split_ends_well(tmp_path: Path) -> None:
+    """Two recordings a class: no part of them is left for a test, which is said before the training."""
+    module = data(tones(tmp_path / "data", each=2))
+    task, run = Classification("audio_classifier", TINY), trainer(tmp_path, max_steps=1)
+    with pytest.warns(UserWarning, match=r"test split of .* holds no recording, so nothing is tested"):
+        run.fit(task, module)
+    run.test(task, module, verbose=False)
+    assert not (tmp_path / "classes.csv").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_count_as_one(tmp_path: Path) -> None:
     folder = tones(tmp_path / "data")
