@@ -112,8 +112,8 @@ def audio_classifier() -> SequenceClassifierConfig:
 
 @register_model
 def audio_classifier_causal() -> SequenceClassifierConfig:
-    """audio_classifier in one direction, with a state to stream by: few layers, since a short chunk costs time a
-    layer and hardly any a channel."""
+    """audio_classifier in one direction, with a state to stream by: few layers and wide, since the time of a
+    short chunk goes by the layers."""
     return SequenceClassifierConfig(
         n_classes=10,
         input=StridedWaveformConfig(kernel=64, stride=16, scale=8.0),
