@@ -76,6 +76,8 @@ class AudioDataModule(pl.LightningDataModule):
         check_samples: decode every recording once before the run starts, so that a bad one is found then.
         skip_bad: leave bad recordings out instead of raising, warn, and list them with the reason in
             `left_out` and, at the start of `fit`, in `left_out.csv` in the run's folder.
+        predict: what `ssm-modal predict` goes through: the "test" split, or "all" recordings, for a folder to
+            be classified; its source may then be "unlabelled", and it need not have every class.
         num_workers: processes that prepare batches; the batches are the same with any number.
         pin_memory: copy batches to pinned memory, for training on a GPU.
         seed: order, windows and augmentation; None: the run's seed (`--seed_everything`).
@@ -108,6 +110,7 @@ class AudioDataModule(pl.LightningDataModule):
         refuse_silent: bool = True,
         check_samples: bool = True,
         skip_bad: bool = False,
+        predict: Literal["test", "all"] = "test",
         num_workers: int = 0,
         pin_memory: bool = False,
         seed: int | None = None,
@@ -117,6 +120,7 @@ class AudioDataModule(pl.LightningDataModule):
             ("source", source, _SOURCES),
             ("layout", layout, ("recordings", "windows")),
             ("input", input, ("waveform", "mu_law")),
+            ("predict", predict, ("test", "all")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
@@ -135,8 +139,10 @@ class AudioDataModule(pl.LightningDataModule):
             raise ValueError('augment shifts with layout "windows", expected shift_seconds 0')
         if layout == "recordings" and window is not None:
             raise ValueError(f'window is {window} with layout "recordings", expected None: they stay whole')
-        if layout == "recordings" and source == "unlabelled":
-            raise ValueError('source is "unlabelled" with layout "recordings", expected one with labels')
+        if layout == "recordings" and source == "unlabelled" and predict != "all":
+            raise ValueError(
+                'source is "unlabelled" with layout "recordings", expected one with labels, or predict "all"'
+            )
         for name, given, needed in (
             ("pattern", pattern is not None, "pattern"),
             ("root", root is not None, "manifest"),
@@ -159,6 +165,7 @@ class AudioDataModule(pl.LightningDataModule):
         self.window, self.augment = window, augment
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.check_samples, self.skip_bad = check_samples, skip_bad
+        self.predict = predict
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
         self._clips: dict[str, list[Clip]] | None = None
         self._classes: tuple[str, ...] = ()
@@ -194,10 +201,23 @@ class AudioDataModule(pl.LightningDataModule):
             raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         return self._prepare()[split]
 
+    def predicted_files(self) -> list[str]:
+        """The files of what is predicted, in order: what the numbers in a batch's `recordings` stand for."""
+        return [os.fspath(clip.recording.path) for clip in self._predicted()]
+
+    def _predicted(self) -> list[Clip]:
+        splits = self._prepare()
+        return splits["test"] if self.predict == "test" else [c for name in SPLITS for c in splits[name]]
+
     def setup(self, stage: str | None = None) -> None:
         """Find and check the recordings; at the start of `fit`, write down what was left out."""
-        self._prepare()
+        clips = self._prepare()
         trainer = self.trainer
+        if stage in ("fit", "test") and not clips["test"]:
+            rank_zero_warn(
+                f"the test split of {self.path!r} holds no recording, so nothing is tested: give it one or "
+                "more, or a larger test_fraction"
+            )
         if stage != "fit" or trainer is None or not self.skip_bad:
             return
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
@@ -205,13 +225,17 @@ class AudioDataModule(pl.LightningDataModule):
 
     def batches(self, split: str) -> AudioBatches:
         """The batches of `split` as pure functions of their index; ValueError where it has no recording."""
-        clips = self.clips(split)
+        return self._batches(self.clips(split), split)
+
+    def _batches(self, clips: list[Clip], split: str) -> AudioBatches:
         if not clips:
             raise ValueError(
                 f"the {split} split of {self.path!r} holds no recording, expected one or more"
                 + (f" ({len(self._left_out)} were left out as bad)" if self._left_out else "")
             )
         train = split == "train"
+        if train and self.layout == "recordings" and not self._classes:
+            raise ValueError(f"no recording of {self.path!r} has a label, expected labels to train by")
         lacking = set(self._classes) - {clip.recording.label for clip in clips}
         if train and self.layout == "recordings" and lacking:
             raise ValueError(
@@ -239,18 +263,25 @@ class AudioDataModule(pl.LightningDataModule):
         # Without a validation split there is nothing to validate on; Lightning skips an empty list.
         return self._evaluation("validation") if self.clips("validation") else []
 
-    def test_dataloader(self) -> ResumableLoader:
-        return self._evaluation("test")
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        # A few recordings need not lose a training over a test: `setup` has said that there is none.
+        return self._evaluation("test") if self.clips("test") else []
 
     def predict_dataloader(self) -> ResumableLoader:
-        return self._evaluation("test")
+        return self._loader(self._batches(self._predicted(), "test"))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint's user must know: the classes, the sample rate and the kind of input."""
         return {"classes": list(self.classes), "sample_rate": self.sample_rate, "input": self.input}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError when the checkpoint was trained on other classes, or another rate or input."""
+        """Raises ValueError when the checkpoint was trained on other classes, or another rate or input.
+
+        Outside training these recordings need not have every class: their numbers are the checkpoint's.
+        """
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if not fitting and set(self.classes) <= set(state_dict["classes"]):
+            self._classes = tuple(state_dict["classes"])
         for name, mine in self.state_dict().items():
             if state_dict[name] != mine:
                 raise ValueError(
@@ -259,7 +290,9 @@ class AudioDataModule(pl.LightningDataModule):
                 )
 
     def _evaluation(self, split: str) -> ResumableLoader:
-        batches = self.batches(split)
+        return self._loader(self.batches(split))
+
+    def _loader(self, batches: AudioBatches) -> ResumableLoader:
         return ResumableLoader.evaluation(
             batches.make_evaluation,
             batches.n_batches,

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssm_modal.tasks.base import StepOutput, TrainingTask
+    from ssm_modal.tasks.classification import Classification
     from ssm_modal.tasks.language import LanguageModelling
     from ssm_modal.tasks.optimizers import OptimizerConfig
     from ssm_modal.tasks.schedules import ScheduleConfig
     from ssm_modal.tasks.synthetic import SyntheticTask
 
 _HOMES = {
+    "Classification": "classification",
     "LanguageModelling": "language",
     "OptimizerConfig": "optimizers",
     "ScheduleConfig": "schedules",
@@ -22,6 +24,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Classification",
     "LanguageModelling",
     "OptimizerConfig",
     "ScheduleConfig",

@@ -65,6 +65,14 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, (labels != IGNORE).sum()
 
 
+def model_input(batch: Mapping[str, Any]) -> Tensor:
+    """What the model reads of a batch: its `ids`, or its `waveform`; (batch, length)."""
+    for name in ("ids", "waveform"):
+        if name in batch:
+            return batch[name]
+    raise ValueError(f"the batch has the keys {', '.join(map(str, batch))}, expected ids or waveform")
+
+
 class TrainingTask(LightningModule):
     """A model of the registry, trained by AdamW. A task derives from it and writes `step`.
 
@@ -80,8 +88,9 @@ class TrainingTask(LightningModule):
             the whole sequence, such as bidirectional ones; "none" leaves it to the model's own
             `gradient_checkpointing`. Gradients are the same.
 
-    A batch is a dict with `ids` (batch, length) int64, `labels` likewise (-100 where nothing is predicted)
-    and optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once a batch and on the host.
+    A batch is a dict with `ids` (batch, length) int64 or `waveform` (batch, length) float32, `labels` (-100
+    where nothing is predicted) and optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once
+    a batch and on the host.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -131,8 +140,8 @@ class TrainingTask(LightningModule):
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The model's logits for a batch, packed or not."""
-        seqs = batch.get("seqs")
-        return (self.model(batch["ids"], seqs=seqs) if seqs is not None else self.model(batch["ids"]))[0]
+        x, seqs = model_input(batch), batch.get("seqs")
+        return (self.model(x, seqs=seqs) if seqs is not None else self.model(x))[0]
 
     def model_config(self) -> dict[str, Any]:
         """The model's whole config as plain data."""
@@ -287,7 +296,7 @@ class TrainingTask(LightningModule):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         rest = {k: v for k, v in batch.items() if k != "cu_seqlens"}
         host = batch["cu_seqlens"].cpu()
-        seqs = Sequences.from_cu_seqlens(host, batch["ids"].shape[1], host.device)
+        seqs = Sequences.from_cu_seqlens(host, model_input(batch).shape[1], host.device)
         moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
         return {**moved, "seqs": seqs.to(device)}
 
@@ -301,8 +310,8 @@ class TrainingTask(LightningModule):
 
     def check_data(self, data: Any) -> None:
         """Raise ValueError where the model cannot take the ids of the data module `data`."""
-        wanted = getattr(data, "vocab_size", None)
         have = self.hparams["model_config"].get("vocab_size")
+        wanted = getattr(data, "vocab_size", None) if have is not None else None
         if isinstance(wanted, int) and isinstance(have, int) and wanted > have:
             raise ValueError(
                 f"the data has a vocabulary of {wanted} ids, but the model's vocab_size is {have}; set "

@@ -50,6 +50,28 @@ def test_there_are_configs_and_each_says_what_it_is_for() -> None:
     assert len(set(folders)) == len(folders)
 
 
+def recordings(init: dict[str, Any], root: Path) -> None:
+    """Short WAV files where an audio config looks for them: a class a folder, or named as spoken digits."""
+    from ssm_modal.io.wav import write_wav
+
+    generator = torch.Generator().manual_seed(0)
+    if init["source"] == "free_spoken_digits":
+        files = [
+            (f"audio/fsdd/recordings/{digit}_ann_{index}.wav", 8000)
+            for digit in range(10)
+            for index in (0, 5, 10)
+        ]
+    else:
+        # Another rate in the second folder: the config resamples.
+        files = [
+            (f"{init['path']}/{label}/{i}.wav", rate)
+            for label, rate in (("cat", 16000), ("dog", 8000))
+            for i in range(10)
+        ]
+    for name, rate in files:
+        write_wav(root / name, 0.1 * torch.randn(600, generator=generator), rate)
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.argv", ["ssm-modal"])
@@ -66,6 +88,10 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         options["data.cache_dir"] = tmp_path / "cache"
         if "segment" in content["model"]["init_args"]:  # a window longer than this text, by segments
             options |= {"data.length": 600, "model.segment": 250}
+    if content["data"]["class_path"].endswith("AudioDataModule"):
+        del options["data.batch_size"]
+        options["data.batch_samples"] = 2000
+        recordings(content["data"]["init_args"], tmp_path)
     args = [f"--{key}={value}" for key, value in options.items()]
     assert main(["fit", "--config", name, *args]) == 0, capsys.readouterr().err
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -85,3 +111,11 @@ def test_tinyshakespeare_models_have_at_most_10_7_million_parameters(name: str) 
         model = ssm_modal.create_model(init["model"], **init["overrides"])
     size = sum(p.numel() for p in model.parameters())
     assert 10.4e6 < size <= 10.7e6
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("audio/")])
+def test_audio_classifiers_have_at_most_500_thousand_parameters(name: str) -> None:
+    init = read(name)["model"]["init_args"]
+    with torch.device("meta"):
+        model = ssm_modal.create_model(init["model"], **init["overrides"])
+    assert sum(p.numel() for p in model.parameters()) <= 500_000

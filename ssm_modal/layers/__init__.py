@@ -1,8 +1,10 @@
-"""Layers: mixers along the length (Mamba, S4D, attention, either bidirectional), MLP and RMSNorm."""
+"""Layers: what makes vectors of ids and waveforms; mixers along the length (Mamba, S4D, attention, either
+bidirectional); MLP and RMSNorm."""
 
 from ssm_modal.layers.attention import Attention, AttentionConfig, AttentionState
 from ssm_modal.layers.bidirectional import Bidirectional, BidirectionalConfig
 from ssm_modal.layers.config import Config
+from ssm_modal.layers.inputs import IdsConfig, InputConfig, StridedWaveformConfig, WaveformConfig
 from ssm_modal.layers.mamba import Mamba, MambaConfig, MambaState
 from ssm_modal.layers.mixer import Mixer, MixerConfig, build_mixer
 from ssm_modal.layers.mlp import MLP, MLPConfig
@@ -16,6 +18,8 @@ __all__ = [
     "Bidirectional",
     "BidirectionalConfig",
     "Config",
+    "IdsConfig",
+    "InputConfig",
     "MLP",
     "MLPConfig",
     "Mamba",
@@ -27,5 +31,7 @@ __all__ = [
     "S4D",
     "S4DConfig",
     "S4DState",
+    "StridedWaveformConfig",
+    "WaveformConfig",
     "build_mixer",
 ]

@@ -3,13 +3,17 @@
 from ssm_modal.models import builders  # registers the named models
 from ssm_modal.models.base import Model, ModelConfig
 from ssm_modal.models.causal_lm import CausalLM, CausalLMConfig
+from ssm_modal.models.classifier import ClassifierState, SequenceClassifier, SequenceClassifierConfig
 from ssm_modal.models.registry import create_model, list_models, model_config, register_model
 
 __all__ = [
     "CausalLM",
     "CausalLMConfig",
+    "ClassifierState",
     "Model",
     "ModelConfig",
+    "SequenceClassifier",
+    "SequenceClassifierConfig",
     "builders",
     "create_model",
     "list_models",

@@ -8,8 +8,18 @@ Transformer block (attention 4 d_model^2, MLP 8 d_model^2) twice that, so it tak
 from __future__ import annotations
 
 from ssm_modal.backbone import BackboneConfig
-from ssm_modal.layers import AttentionConfig, MambaConfig, MLPConfig, S4DConfig
+from ssm_modal.layers import (
+    AttentionConfig,
+    BidirectionalConfig,
+    IdsConfig,
+    MambaConfig,
+    MLPConfig,
+    S4DConfig,
+    StridedWaveformConfig,
+    WaveformConfig,
+)
 from ssm_modal.models.causal_lm import CausalLMConfig
+from ssm_modal.models.classifier import SequenceClassifierConfig
 from ssm_modal.models.registry import register_model
 
 
@@ -86,3 +96,50 @@ def mamba_1_4b() -> CausalLMConfig:
 def mamba_2_8b() -> CausalLMConfig:
     """mamba-2.8b."""
     return _published(2560, 64)
+
+
+@register_model
+def audio_classifier() -> SequenceClassifierConfig:
+    """Ten classes of waveforms at 8 or 16 kHz: a strided front end under Mamba in both directions."""
+    return SequenceClassifierConfig(
+        n_classes=10,
+        input=StridedWaveformConfig(kernel=64, stride=16, scale=8.0),
+        backbone=BackboneConfig(
+            d_model=64, n_layers=4, mixer=MambaConfig(), bidirectional=BidirectionalConfig()
+        ),
+    )
+
+
+@register_model
+def audio_classifier_causal() -> SequenceClassifierConfig:
+    """audio_classifier in one direction, with a state to stream by: few layers and wide, since the time of a
+    short chunk goes by the layers."""
+    return SequenceClassifierConfig(
+        n_classes=10,
+        input=StridedWaveformConfig(kernel=64, stride=16, scale=8.0),
+        backbone=BackboneConfig(d_model=88, n_layers=4, mixer=MambaConfig()),
+    )
+
+
+@register_model
+def audio_classifier_s4d() -> SequenceClassifierConfig:
+    """S4D in both directions over every sample of the waveform: its time step can be rescaled."""
+    return SequenceClassifierConfig(
+        n_classes=10,
+        input=WaveformConfig(scale=8.0),
+        backbone=BackboneConfig(
+            d_model=64, n_layers=4, mixer=S4DConfig(), bidirectional=BidirectionalConfig()
+        ),
+    )
+
+
+@register_model
+def ids_classifier() -> SequenceClassifierConfig:
+    """Two classes of byte sequences, Mamba in both directions, to be sized by overrides."""
+    return SequenceClassifierConfig(
+        n_classes=2,
+        input=IdsConfig(vocab_size=256),
+        backbone=BackboneConfig(
+            d_model=128, n_layers=4, mixer=MambaConfig(), bidirectional=BidirectionalConfig()
+        ),
+    )

@@ -13,6 +13,7 @@ from ssm_modal.errors import ConfigError
 from ssm_modal.heads.language import LanguageHead
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
+from ssm_modal.layers.inputs import check_ids
 from ssm_modal.models.base import Model, ModelConfig
 
 
@@ -117,22 +118,4 @@ class CausalLM(Model):
         return self.logits(self.backbone.step_(self.embedding(ids), state))
 
     def _check_ids(self, ids: object) -> None:
-        size = self.config.vocab_size
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"CausalLM: ids must be a tensor, got {type(ids).__name__}")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"CausalLM: ids has dtype {ids.dtype}, expected int64 or int32")
-        if ids.ndim != 2:
-            raise ValueError(f"CausalLM: ids has shape {tuple(ids.shape)}, expected (batch, length)")
-        if ids.numel() == 0:
-            return
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(n) for n in torch.aminmax(ids))
-            if low < 0 or high >= size:
-                what = f"the largest id is {high}" if high >= size else f"the smallest id is {low}"
-                raise ValueError(f"CausalLM: ids outside the vocabulary: {what}, expected 0 to {size - 1}")
-            return
-        torch._assert_async(
-            ((ids >= 0) & (ids < size)).all(),
-            f"CausalLM: ids outside the vocabulary, expected 0 to {size - 1}",
-        )
+        check_ids("CausalLM", ids, self.config.vocab_size)

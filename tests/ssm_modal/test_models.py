@@ -13,7 +13,14 @@ import ssm_modal
 from ssm_modal.backbone import BackboneConfig
 from ssm_modal.errors import ConfigError
 from ssm_modal.layers import AttentionConfig, MambaConfig, MLPConfig, S4DConfig
-from ssm_modal.models import CausalLM, CausalLMConfig, ModelConfig, model_config, register_model
+from ssm_modal.models import (
+    CausalLM,
+    CausalLMConfig,
+    ModelConfig,
+    SequenceClassifierConfig,
+    model_config,
+    register_model,
+)
 from ssm_modal.models import registry as registry_module
 from tests.tolerances import OUTPUT, assert_close
 
@@ -290,6 +297,14 @@ def test_registering_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_registered_model_builds_and_runs_small(name: str) -> None:
     config = model_config(name)
     assert ModelConfig.from_dict(config.to_dict()) == config
+    if isinstance(config, SequenceClassifierConfig):
+        classifier = ssm_modal.create_model(name, n_classes=3, d_model=32, n_layers=2)
+        x = torch.tensor([[1, 2, 3]]) if config.input.type == "ids" else torch.randn(1, 40)
+        logits, state = classifier(x)
+        assert logits.shape == (1, 3)
+        assert torch.isfinite(logits).all()
+        assert (state is not None) == config.causal
+        return
     model = ssm_modal.create_model(name, vocab_size=10, d_model=32, n_layers=2)
     logits, state = model(torch.tensor([[1, 2, 3]]))
     assert logits.shape == (1, 3, 10)
