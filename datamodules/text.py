@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, global_rows, run_seed
+from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.ids import IdCorpus, IdSplit, write_corpus
-from ssm_modal.io.text import expand_path, iter_text, text_files
+from ssm_modal.io.text import iter_text, text_files
 from ssm_modal.tokenizers import TextTokenizer, build_tokenizer, load_tokenizer
 
 IGNORE = -100
@@ -331,15 +331,7 @@ class TextDataModule(pl.LightningDataModule):
         )
 
     def _cache(self) -> Path:
-        if self.cache_dir is not None:
-            return expand_path(self.cache_dir, "cache_dir")
-        own = os.environ.get("SSM_MODAL_CACHE")
-        base = (
-            Path(own)
-            if own
-            else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssm_modal"
-        )
-        return base / "text"
+        return cache_folder("text", self.cache_dir)
 
     def _text(self) -> Iterator[str]:
         for name, path in (("path", self.path), ("val_path", self.val_path), ("test_path", self.test_path)):
