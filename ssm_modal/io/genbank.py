@@ -53,7 +53,8 @@ def _parsed(file: Path) -> Iterator[object]:
     with open_text(file) as source, warnings.catch_warnings():
         warnings.simplefilter("ignore", bio.BiopythonParserWarning)
         try:
-            for number, record in enumerate(bio.SeqIO.parse(source, "genbank"), 1):
+            for record in bio.SeqIO.parse(source, "genbank"):
+                number += 1
                 yield record
         except (ValueError, AssertionError) as error:
             if isinstance(error, GenomeError | UnicodeDecodeError):

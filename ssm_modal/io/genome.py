@@ -3,10 +3,11 @@
 A genome is a folder, named by a hash of the files' content:
 
     bases.bin    uint8, upper-case letters (`ssm_modal.io.nucleotides`), the records of all files end to end
-    meta.json    of each record: its file's number, name, description, first byte, length; and what was left out
+    meta.json    of each record: its file's number, name, description, first byte, length; and what was left
+    out
 
-It is built beside its place and renamed, so a reader finds it whole or not at all. Processes that map the same
-folder share its memory.
+It is built beside its place and renamed, so a reader finds it whole or not at all. Processes that map the
+same folder share its memory.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class Genome:
         return reverse_complement(letters) if strand == "-" else letters
 
     def fetch(self, region: Region | str, *, pad: bool = False) -> Tensor:
-        """The letters of `region`, uint8 (n,), on its strand; a string is read by `parse_region` (1-based)."""
+        """The letters of `region`, uint8 (n,), on its strand; a string as `parse_region` reads it."""
         place = parse_region(region) if isinstance(region, str) else region
         return self.read(self.find(place.contig), place.start, place.end, place.strand, pad=pad)
 
@@ -171,13 +172,14 @@ class Genome:
 def open_genome(
     files: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str], *, skip_bad: bool = False
 ) -> Genome:
-    """The records of `files` (FASTA or GenBank, plain, gzip or bgzip), parsed into `cache_dir` or found there.
+    """The records of `files` (FASTA or GenBank, plain, gzip or bgzip), parsed into `cache_dir` or found
+    there.
 
     A name may be there once in a file, and again in other files. skip_bad: bad records and files are left out
     and listed in `Genome.left_out`.
 
-    Raises FileNotFoundError and GenomeError as `iter_fasta` and `iter_genbank`, GenomeError where no record is
-    left, OSError where the disk is full; in each case nothing is left behind.
+    Raises FileNotFoundError and GenomeError as `iter_fasta` and `iter_genbank`, GenomeError where no record
+    is left, OSError where the disk is full; in each case nothing is left behind.
     """
     paths = tuple(Path(file) for file in files)
     if not paths:
@@ -202,7 +204,8 @@ def open_genome(
     size = (target / "bases.bin").stat().st_size
     if size != meta["bases"]:
         raise ValueError(
-            f"{target / 'bases.bin'} holds {size} bytes, expected {meta['bases']}; remove {target} and try again"
+            f"{target / 'bases.bin'} holds {size} bytes, expected {meta['bases']}; remove {target} "
+            "and try again"
         )
     return Genome(
         target,

@@ -68,8 +68,8 @@ def read_bed(
 
     genome: contigs must be among its records, and intervals must end within them.
 
-    Raises FileNotFoundError, and GenomeError naming the line (from 1) for too few columns, a start or end that
-    is no number, an interval that is empty or reversed, an unknown strand or contig, or an end past the
+    Raises FileNotFoundError, and GenomeError naming the line (from 1) for too few columns, a start or end
+    that is no number, an interval that is empty or reversed, an unknown strand or contig, or an end past the
     record's end, and for a file without an interval.
     """
     file = expand_path(path)
@@ -100,9 +100,9 @@ def read_features(
     types: those of the third column that are taken; None: all. genome: as for `read_bed`. What follows
     "##FASTA" is passed over. Which of the two formats the attributes have is seen line by line.
 
-    Raises FileNotFoundError, and GenomeError naming the line (from 1) for anything but 9 columns, a start, end,
-    score, phase, strand or attributes that are none, an end before its start, an unknown contig or an end past
-    the record's end, and for a file without a feature.
+    Raises FileNotFoundError, and GenomeError naming the line (from 1) for anything but 9 columns, a start,
+    end, score, phase, strand or attributes that are none, an end before its start, an unknown contig or an
+    end past the record's end, and for a file without a feature.
     """
     if isinstance(types, str):
         raise TypeError(f"types is the string {types!r}, expected a list of types such as ['gene']")

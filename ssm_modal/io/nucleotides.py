@@ -1,7 +1,8 @@
 """Nucleotides as bytes: the letters that are allowed, their complement, and the error of a genome's file.
 
-Letters are upper-case ASCII in uint8 tensors: A, C, G, T and the codes of IUPAC for several bases (NC-IUB 1984,
-https://doi.org/10.1093/nar/13.9.3021). Lower case is folded, U (RNA) becomes T; gaps are no nucleotides.
+Letters are upper-case ASCII in uint8 tensors: A, C, G, T and the codes of IUPAC for several bases (NC-IUB
+1984, https://doi.org/10.1093/nar/13.9.3021). Lower case is folded, U (RNA) becomes T; gaps are no
+nucleotides.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def parse_region(text: str) -> Region:
     """The region that `text` means, 1-based with the end included, as samtools writes it.
 
     "chr1:1,000-2,000" is `Region("chr1", 999, 2000)`; "chr1:1000" and "chr1:1000-" go to the end; "chr1" is
-    the whole contig; "(-)" behind it takes the minus strand. A contig's name may hold colons: what is not of these
-    forms is a name. Raises ValueError for a start of 0, an end before the start and an empty name.
+    the whole contig; "(-)" behind it takes the minus strand. A contig's name may hold colons: what is not of
+    these forms is a name. Raises ValueError for a start of 0, an end before the start and an empty name.
     """
     whole = text.strip()
     strand: Strand = "+"

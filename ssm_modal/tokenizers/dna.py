@@ -73,7 +73,7 @@ class DNATokenizer(TextTokenizer):
 
     @abstractmethod
     def decode_letters(self, ids: Tensor) -> Tensor:
-        """The letters of ids (n,) in the vocabulary, uint8; pad, begin and end are left out, mask reads as N."""
+        """The letters of ids (n,) in the vocabulary, uint8; pad, begin and end left out, mask as N."""
 
     def encode_ids(self, text: str) -> Tensor:
         """As `encode`, int64 (tokens,). Raises LetterError for a letter that is no nucleotide."""
@@ -121,7 +121,7 @@ class DNATokenizer(TextTokenizer):
 
 
 class NucleotideTokenizer(DNATokenizer):
-    """One id a base: A 0, C 1, G 2, T 3, N 4 (and every other code of IUPAC); pad 5, mask 6, begin 7, end 8."""
+    """One id a base: A 0, C 1, G 2, T 3, N 4 (all other letters too); pad 5, mask 6, begin 7, end 8."""
 
     n_concrete = 4
     n_id = 4

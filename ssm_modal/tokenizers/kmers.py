@@ -16,14 +16,15 @@ _UNKNOWN = 4
 
 
 class KmerTokenizer(DNATokenizer):
-    """k-mers of A, C, G, T as ids 0 ... 4^k - 1: the number in base 4 with A C G T as 0 1 2 3, first letter first.
+    """k-mers of A, C, G, T as ids 0 ... 4^k - 1: the number in base 4 with A C G T as 0 1 2 3, first letter
+    first.
 
     n_id 4^k: a k-mer with any other letter. Overlapping: n bases give n - k + 1 ids, one for each base that a
-    k-mer begins at; then pad, mask, begin, end. Not overlapping: n // k ids, then one for each base of the rest
-    (4^k + 1 ... 4^k + 5 for A C G T N); then pad, mask, begin, end.
+    k-mer begins at; then pad, mask, begin, end. Not overlapping: n // k ids, then one for each base of the
+    rest (4^k + 1 ... 4^k + 5 for A C G T N); then pad, mask, begin, end.
 
-    Decoding gives the text back where it is A, C, G, T. Without overlap a k-mer with another letter reads as k
-    times N; with overlap each base is read from the k-mers that hold it, so that N stays N and the bases
+    Decoding gives the text back where it is A, C, G, T. Without overlap a k-mer with another letter reads as
+    k times N; with overlap each base is read from the k-mers that hold it, so that N stays N and the bases
     around it are known, unless they stand between two N (or an N and the end) with fewer than k of them.
     """
 
@@ -43,7 +44,7 @@ class KmerTokenizer(DNATokenizer):
         self._place_specials(self.n_id + len(rest), torch.cat([known, torch.tensor(rest)]))
 
     def encode_letters(self, letters: Tensor) -> Tensor:
-        """As for every tokenizer of DNA; overlapping, ValueError for 1 to k - 1 letters, which no k-mer holds."""
+        """As for every tokenizer of DNA; overlapping, ValueError for 1 to k - 1 letters: no k-mer."""
         digits = digits_of(letters)
         n = digits.shape[0]
         if self.overlapping:
@@ -73,7 +74,8 @@ class KmerTokenizer(DNATokenizer):
         return letters_from(bases)
 
     def reverse_complement(self, ids: Tensor) -> Tensor:
-        """As for every tokenizer of DNA; without overlap it is there where k divides the number of bases alone.
+        """As for every tokenizer of DNA; without overlap it is there where k divides the number of bases
+        alone.
 
         Raises ValueError where ids (..., n) hold a single base, the rest of a text whose length k does not
         divide: the other strand has its k-mers at other places then.
@@ -82,8 +84,8 @@ class KmerTokenizer(DNATokenizer):
             single = ((ids > self.n_id) & (ids < self.pad_id)).nonzero()
             if single.numel():
                 raise ValueError(
-                    f"ids hold a single base at place {int(single[0, -1])}: {self.k} does not divide the number "
-                    f"of bases, so that the other strand has other {self.k}-mers"
+                    f"ids hold a single base at place {int(single[0, -1])}: {self.k} does not divide the "
+                    f"number of bases, so that the other strand has other {self.k}-mers"
                 )
         return super().reverse_complement(ids)
 
@@ -114,7 +116,7 @@ class _KmerStream(StreamDecoder):
 
 
 class _OverlapStream(StreamDecoder):
-    """Base i is certain once the k-mer that begins there has come; the last k - 1 bases once there is no more."""
+    """Base i is certain once the k-mer that begins there has come; the last k - 1 at the end."""
 
     def __init__(self, tokenizer: KmerTokenizer, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer

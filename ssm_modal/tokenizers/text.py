@@ -224,9 +224,9 @@ def build_tokenizer(
 ) -> TextTokenizer:
     """The tokenizer `spec` means.
 
-    spec: "byte"; "byte+eos" (id 256 ends each document); "nucleotide"; "char" (the characters of `text`, pieces of the text
-    to be encoded, needed here alone); the path of a tokenizer file or of a folder holding `tokenizer.json`; a
-    config as `to_config` gives; or a tokenizer, returned as it is.
+    spec: "byte"; "byte+eos" (id 256 ends each document); "char" (the characters of `text`, pieces of the text
+    to be encoded, needed here alone); "nucleotide"; the path of a tokenizer file or of a folder holding
+    `tokenizer.json`; a config as `to_config` gives; or a tokenizer, returned as it is.
     """
     if isinstance(spec, TextTokenizer):
         return spec
@@ -246,6 +246,7 @@ def build_tokenizer(
         return CharTokenizer.from_text(text)
     if not expand_path(spec, "tokenizer").exists():
         raise FileNotFoundError(
-            f'tokenizer is {str(spec)!r}, expected "byte", "byte+eos", "char", "nucleotide" or the path of a tokenizer.json'
+            f'tokenizer is {str(spec)!r}, expected "byte", "byte+eos", "char", "nucleotide" or the path of '
+            "a tokenizer.json"
         )
     return load_tokenizer(spec)
