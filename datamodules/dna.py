@@ -13,6 +13,7 @@ from ssm_modal.datamodules.dna_batches import DNABatches, Objective
 from ssm_modal.datamodules.dna_plan import Stretch, split_genome
 from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
+from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import GENOME_SUFFIXES, Genome, open_genome
 from ssm_modal.io.nucleotides import GenomeError
@@ -43,7 +44,8 @@ class DNADataModule(pl.LightningDataModule):
     split, index, process). Records shorter than a training window are not trained on (`short_records`); the
     last window of a stretch is shorter in validation and test.
 
-    A run writes its tokenizer beside its checkpoints (`tokenizer.json` in `trainer.default_root_dir`).
+    A run writes its tokenizer beside its checkpoints (`tokenizer.json` in `trainer.default_root_dir`), where
+    `ssm-modal generate` finds it.
 
     Args:
         path: a FASTA or GenBank file (plain, gzip or bgzip), or a folder, read recursively in sorted order.
@@ -183,7 +185,7 @@ class DNADataModule(pl.LightningDataModule):
         self.batches("train")
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             folder = Path(trainer.default_root_dir)
-            self.tokenizer.save(folder / "tokenizer.json")
+            save_run_tokenizer(self.tokenizer, folder)
             if self.skip_bad:
                 write_left_out(folder / "left_out.csv", self.left_out)
 

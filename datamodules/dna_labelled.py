@@ -16,6 +16,7 @@ from ssm_modal.datamodules.audio_plan import BatchPlan, Parts
 from ssm_modal.datamodules.dna import SPLITS, build_dna_tokenizer
 from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, run_seed
+from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.labelled_sequences import LabelledSequence, class_names, read_labelled_sequences
 from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement
 from ssm_modal.io.recordings import LeftOut
@@ -171,7 +172,7 @@ class DNAClassificationDataModule(pl.LightningDataModule):
             return
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             folder = Path(trainer.default_root_dir)
-            self.tokenizer.save(folder / "tokenizer.json")
+            save_run_tokenizer(self.tokenizer, folder)
             if self.skip_bad:
                 write_left_out(folder / "left_out.csv", self._left_out)
 
