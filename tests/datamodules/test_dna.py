@@ -196,16 +196,15 @@ def test_neighbours_of_masked_kmers_do_not_spell_out_the_answer(k: int) -> None:
     for seed in range(20):
         ids = tokenizer.encode(draw(n + k - 1, seed))
         generator = torch.Generator().manual_seed(seed)
-        _, labels = mask_tokens(torch.tensor(ids), tokenizer, generator)
-        given, _ = mask_tokens(torch.tensor(ids), tokenizer, torch.Generator().manual_seed(seed))
+        given, labels = mask_tokens(torch.tensor(ids), tokenizer, generator)
         chosen = (labels != -100).tolist()
         rates.append(sum(chosen) / n)
         visible = {at + j for at in range(n) if not chosen[at] for j in range(k)}
         for at in range(n):
             if chosen[at]:
                 assert any(at + j not in visible for j in range(k))
-        for is_run, group in itertools.groupby(range(n), lambda at: chosen[at]):
-            places = list(group)
+        for is_run, group in itertools.groupby(enumerate(chosen), lambda pair: pair[1]):
+            places = [at for at, _ in group]
             if not is_run:
                 continue
             runs += 1

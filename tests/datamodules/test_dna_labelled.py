@@ -134,7 +134,7 @@ def test_bad_lines_end_the_run_or_are_left_out(folder: Path) -> None:
 def test_what_is_not_there_and_bad_arguments(folder: Path) -> None:
     (folder / "dev.csv").unlink()
     assert module(folder).val_dataloader() == []
-    with pytest.raises(ValueError, match="the validation split .* holds no sequence"):
+    with pytest.raises(ValueError, match=r"the validation split .* holds no sequence"):
         module(folder).batches("validation")
     with pytest.raises(FileNotFoundError, match=r"none\.csv"):
         module(folder, train_file="none.csv").setup()

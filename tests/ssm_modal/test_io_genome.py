@@ -147,7 +147,7 @@ def test_genbank_records(tmp_path: Path) -> None:
     assert [r.name for r in read_genbank(bad, skip_bad=True).records] == ["X1.2"]
     with pytest.raises(GenomeError, match="holds no record, expected one that begins with LOCUS"):
         read_genbank(write(tmp_path / "d.gb", "nothing\n"))
-    twice = good.read_text().replace("X2.1", "X1.2")
+    twice = good.read_text().replace("X2.1", "X1.2").replace("X2", "X1")
     with pytest.raises(GenomeError, match=r"record 2 .*the name is there twice"):
         read_genbank(write(tmp_path / "e.gb", twice))
 
