@@ -199,7 +199,7 @@ class DNADataModule(pl.LightningDataModule):
             self.length if train else self.eval_length,
             self.batch_size if train else self.eval_batch_size,
             self.objective,
-            self.reverse_complement and train,
+            self.reverse_complement,
             self.mask_rate,
             run_seed(self.seed),
         )

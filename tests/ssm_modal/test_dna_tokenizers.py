@@ -58,6 +58,8 @@ def test_ids_of_kmers() -> None:
     assert overlapping.encode("ACGTT") == [6, 27, 47]
     assert overlapping.encode("ACGTTNAAA") == [6, 27, 47, 64, 64, 64, 0]
     assert (overlapping.vocab_size, overlapping.mask_id) == (69, 66)
+    # k-mers that do not fit each other: the one that begins last decides.
+    assert overlapping.decode([0, 21, 63]) == "ACTTT"
     assert overlapping.encode("") == plain.encode("") == []
     with pytest.raises(ValueError, match="2 letters hold no 3-mer"):
         overlapping.encode("AC")
