@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, global_rows, run_seed
+from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
+from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.ids import IdCorpus, IdSplit, write_corpus
-from ssm_modal.io.text import expand_path, iter_text, text_files
-from ssm_modal.tokenizers import TextTokenizer, build_tokenizer, load_tokenizer
+from ssm_modal.io.text import iter_text, text_files
+from ssm_modal.tokenizers import TextTokenizer, build_tokenizer
 
 IGNORE = -100
 # Tokens decoded at once to count their bytes.
@@ -234,7 +235,7 @@ class TextDataModule(pl.LightningDataModule):
         if stage == "fit" and trainer is not None:
             self.check_fit()
             if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-                self._save_tokenizer(Path(trainer.default_root_dir) / "tokenizer.json")
+                save_run_tokenizer(self.tokenizer, Path(trainer.default_root_dir))
 
     def stream(self, split: str) -> Tensor:
         """All ids of `split` ("train", "validation" or "test"), (tokens,), mapped from the disk.
@@ -331,15 +332,7 @@ class TextDataModule(pl.LightningDataModule):
         )
 
     def _cache(self) -> Path:
-        if self.cache_dir is not None:
-            return expand_path(self.cache_dir, "cache_dir")
-        own = os.environ.get("SSM_MODAL_CACHE")
-        base = (
-            Path(own)
-            if own
-            else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssm_modal"
-        )
-        return base / "text"
+        return cache_folder("text", self.cache_dir)
 
     def _text(self) -> Iterator[str]:
         for name, path in (("path", self.path), ("val_path", self.val_path), ("test_path", self.test_path)):
@@ -369,14 +362,3 @@ class TextDataModule(pl.LightningDataModule):
                     else ""
                 )
             )
-
-    def _save_tokenizer(self, file: Path) -> None:
-        if file.exists():
-            # A file of another tokenizer belongs to other checkpoints in this folder, or to somebody else.
-            if load_tokenizer(file).to_config() == self.tokenizer.to_config():
-                return
-            raise ValueError(
-                f"{file} holds another tokenizer than this run's; train into another folder "
-                "(trainer.default_root_dir), or remove that file"
-            )
-        self.tokenizer.save(file)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ssm_modal.tokenizers.base import StreamDecoder, TextTokenizer
+from ssm_modal.tokenizers.dna import DNATokenizer, NucleotideTokenizer
 from ssm_modal.tokenizers.huggingface import HuggingFaceTokenizer
+from ssm_modal.tokenizers.kmers import KmerTokenizer
 from ssm_modal.tokenizers.text import (
     ByteTokenizer,
     CharTokenizer,
@@ -16,8 +18,11 @@ from ssm_modal.tokenizers.waveform import MuLawTokenizer
 __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
+    "DNATokenizer",
     "HuggingFaceTokenizer",
+    "KmerTokenizer",
     "MuLawTokenizer",
+    "NucleotideTokenizer",
     "StreamDecoder",
     "TextTokenizer",
     "build_tokenizer",

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ssm_modal.io.text import expand_path
 from ssm_modal.tokenizers.base import KIND, StreamDecoder, TextTokenizer
+from ssm_modal.tokenizers.dna import NucleotideTokenizer
 from ssm_modal.tokenizers.huggingface import HuggingFaceTokenizer
+from ssm_modal.tokenizers.kmers import KmerTokenizer
 
 _SPECIALS = ("eos", "pad")
 _CODE_POINTS = 0x110000
@@ -172,7 +174,13 @@ def tokenizer_from_config(config: dict[str, Any]) -> TextTokenizer:
             f"config has the keys {sorted(config)}, expected {KIND!r} or those of a tokenizer.json"
         )
     kind = config[KIND]
-    fields = {"byte": {"specials"}, "char": {"characters"}, "huggingface": {"tokenizer", "eos_token"}}
+    fields = {
+        "byte": {"specials"},
+        "char": {"characters"},
+        "huggingface": {"tokenizer", "eos_token"},
+        "nucleotide": set(),
+        "kmer": {"k", "overlapping"},
+    }
     if kind not in fields:
         raise ValueError(f"{KIND} is {kind!r}, expected one of {sorted(fields)}")
     unknown = set(config) - fields[kind] - {KIND}
@@ -180,6 +188,10 @@ def tokenizer_from_config(config: dict[str, Any]) -> TextTokenizer:
         raise ValueError(f"config of a {kind!r} tokenizer has the unknown keys {sorted(unknown)}")
     if kind == "byte":
         return ByteTokenizer(config.get("specials", ()))
+    if kind == "nucleotide":
+        return NucleotideTokenizer()
+    if kind == "kmer":
+        return KmerTokenizer(config.get("k", 6), config.get("overlapping", False))
     needed = "characters" if kind == "char" else "tokenizer"
     if needed not in config:
         raise ValueError(f"config of a {kind!r} tokenizer lacks the key {needed!r}")
@@ -213,8 +225,8 @@ def build_tokenizer(
     """The tokenizer `spec` means.
 
     spec: "byte"; "byte+eos" (id 256 ends each document); "char" (the characters of `text`, pieces of the text
-    to be encoded, needed here alone); the path of a tokenizer file or of a folder holding `tokenizer.json`; a
-    config as `to_config` gives; or a tokenizer, returned as it is.
+    to be encoded, needed here alone); "nucleotide"; the path of a tokenizer file or of a folder holding
+    `tokenizer.json`; a config as `to_config` gives; or a tokenizer, returned as it is.
     """
     if isinstance(spec, TextTokenizer):
         return spec
@@ -226,12 +238,15 @@ def build_tokenizer(
         return ByteTokenizer()
     if spec == "byte+eos":
         return ByteTokenizer(("eos",))
+    if spec == "nucleotide":
+        return NucleotideTokenizer()
     if spec == "char":
         if text is None:
             raise ValueError('tokenizer is "char", which is made from a text, but no text was given')
         return CharTokenizer.from_text(text)
     if not expand_path(spec, "tokenizer").exists():
         raise FileNotFoundError(
-            f'tokenizer is {str(spec)!r}, expected "byte", "byte+eos", "char" or the path of a tokenizer.json'
+            f'tokenizer is {str(spec)!r}, expected "byte", "byte+eos", "char", "nucleotide" or the path of '
+            "a tokenizer.json"
         )
     return load_tokenizer(spec)

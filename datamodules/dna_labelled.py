@@ -1,0 +1,274 @@
+"""Labelled DNA sequences for classification: CSV files with official splits, packed end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from ssm_modal.datamodules.audio_plan import BatchPlan, Parts
+from ssm_modal.datamodules.dna import SPLITS, build_dna_tokenizer
+from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
+from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, run_seed
+from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
+from ssm_modal.io.labelled_sequences import LabelledSequence, class_names, read_labelled_sequences
+from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement
+from ssm_modal.io.recordings import LeftOut
+from ssm_modal.io.text import expand_path
+from ssm_modal.tokenizers.dna import DNATokenizer
+
+
+@dataclass
+class LabelledDNABatches:
+    """Batches of one split, each a pure function of its index: `make(index, rank, world)`.
+
+    n sequences end to end, with `total` tokens together:
+
+        ids (1, total) int64
+        cu_seqlens (n + 1,) int64: where each begins, and the end
+        labels (n,) int64: the class
+        recordings (n,) int64: the place of each in `sequences`
+
+    plan: which sequences stand in which batch. classes: their names, in the order of their numbers. augment:
+    in training, each sequence is read on one strand or the other, with equal chance, anew in each epoch.
+    """
+
+    sequences: Sequence[LabelledSequence]
+    plan: BatchPlan
+    classes: Sequence[str]
+    tokenizer: DNATokenizer
+    augment: bool = False
+    _evaluation: list[Parts] | None = field(default=None, repr=False)
+
+    @property
+    def n_batches(self) -> int:
+        """Batches that evaluation takes."""
+        return len(self._parts())
+
+    def make_training(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
+        """Training batch `index`: of all batches in their order the processes take turns."""
+        epoch, parts = self.plan.training(index * world + rank)
+        return self._batch(parts, epoch)
+
+    def make_evaluation(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
+        """Evaluation batch `index`: over all batches every sequence once, in order, as it is in the file."""
+        return self._batch(self._parts()[index], None)
+
+    def _parts(self) -> list[Parts]:
+        if self._evaluation is None:
+            self._evaluation = self.plan.evaluation()
+        return self._evaluation
+
+    def _batch(self, parts: Parts, epoch: int | None) -> dict[str, Tensor]:
+        rows = parts.recording.tolist()
+        number = {name: i for i, name in enumerate(self.classes)}
+        return {
+            "ids": torch.cat([self._ids(row, epoch) for row in rows])[None],
+            "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), parts.sizes.cumsum(0)]),
+            "labels": torch.tensor([number[self.sequences[row].label] for row in rows], dtype=torch.int64),
+            "recordings": parts.recording.clone(),
+        }
+
+    def _ids(self, row: int, epoch: int | None) -> Tensor:
+        letters = letters_of(self.sequences[row].sequence)
+        drawn = epoch is not None and self.augment
+        if drawn and derived_seed(self.plan.seed, "dna", "strand", int(epoch or 0), row) % 2 == 1:
+            letters = reverse_complement(letters)
+        return self.tokenizer.encode_letters(letters)
+
+
+class DNAClassificationDataModule(pl.LightningDataModule):
+    """Batches of labelled sequences from CSV files `sequence,label`, one for each split, as GUE has them.
+
+    Sequences are packed end to end, never padded; batches are cut by a budget of tokens. See
+    `LabelledDNABatches` for what a batch holds. Every batch is a pure function of (seed, split, index,
+    process).
+
+    Args:
+        path: the folder of the files. `~` and environment variables (`$NAME`, `${NAME}`) are filled in.
+        train_file, val_file, test_file: their names; a validation file that is not there gives no validation.
+        tokenizer: as for `DNADataModule`.
+        batch_tokens: tokens a training batch of each process holds at most; a sequence that is longer is a
+            batch of its own.
+        eval_batch_tokens: the same for validation and test; None: `batch_tokens`.
+        reverse_complement: in training, read each sequence on one strand or the other, with equal chance.
+        skip_bad: leave bad lines out instead of raising, warn, and list them with the reason in `left_out`
+            and, at the start of `fit`, in `left_out.csv` in the run's folder.
+        num_workers: processes that prepare batches; the batches are the same with any number.
+        pin_memory: copy batches to pinned memory, for training on a GPU.
+        seed: order and strands; None: the run's seed (`--seed_everything`).
+
+    Raises FileNotFoundError, and GenomeError as `read_labelled_sequences`, naming file and line, also for a
+    sequence shorter than a token, and for a class of validation or test that training does not have;
+    ValueError for any other bad argument.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        train_file: str = "train.csv",
+        val_file: str = "dev.csv",
+        test_file: str = "test.csv",
+        tokenizer: str | dict[str, Any] = "nucleotide",
+        batch_tokens: int = 1 << 13,
+        eval_batch_tokens: int | None = None,
+        reverse_complement: bool = False,
+        skip_bad: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, number in (("batch_tokens", batch_tokens), ("eval_batch_tokens", eval_batch_tokens)):
+            if number is None and name != "batch_tokens":
+                continue
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(f"{name} is {number!r}, expected a whole number of 1 or more")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}, expected 0 or more")
+        self.path = path
+        self.files = {"train": train_file, "validation": val_file, "test": test_file}
+        self.tokenizer = build_dna_tokenizer(tokenizer)
+        self.batch_tokens, self.eval_batch_tokens = batch_tokens, eval_batch_tokens or batch_tokens
+        self.reverse_complement, self.skip_bad = reverse_complement, skip_bad
+        self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
+        self._sequences: dict[str, list[LabelledSequence]] | None = None
+        self._classes: tuple[str, ...] = ()
+        self._left_out: list[LeftOut] = []
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels of training, see `class_names`: a class's number is its place here."""
+        self._prepare()
+        return self._classes
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """With `skip_bad`, what was left out and why."""
+        self._prepare()
+        return tuple(self._left_out)
+
+    def sequences(self, split: str) -> list[LabelledSequence]:
+        """The sequences of `split` ("train", "validation" or "test"), in the order of the file."""
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        return self._prepare()[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the files; at the start of `fit`, write down the tokenizer and what was left out."""
+        self._prepare()
+        trainer = self.trainer
+        if stage != "fit" or trainer is None:
+            return
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            folder = Path(trainer.default_root_dir)
+            save_run_tokenizer(self.tokenizer, folder)
+            if self.skip_bad:
+                write_left_out(folder / "left_out.csv", self._left_out)
+
+    def batches(self, split: str) -> LabelledDNABatches:
+        """The batches of `split` as pure functions of their index; ValueError where it has no sequence."""
+        sequences = self.sequences(split)
+        if not sequences:
+            raise ValueError(f"the {split} split of {self.path!r} holds no sequence, expected one or more")
+        train = split == "train"
+        plan = BatchPlan(
+            torch.tensor([self._tokens(one) for one in sequences]),
+            self.batch_tokens if train else self.eval_batch_tokens,
+            None,
+            run_seed(self.seed),
+        )
+        return LabelledDNABatches(sequences, plan, self._classes, self.tokenizer, self.reverse_complement)
+
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader.training(
+            self.batches("train").make_training,
+            self.trainer,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        # Without a validation split there is nothing to validate on; Lightning skips an empty list.
+        return self._evaluation("validation") if self.sequences("validation") else []
+
+    def test_dataloader(self) -> ResumableLoader:
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> ResumableLoader:
+        return self._evaluation("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint's user must know: the classes and the tokenizer."""
+        return {"classes": list(self.classes), "tokenizer": json.dumps(self.tokenizer.to_config())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError when the checkpoint was trained on other classes or with another tokenizer."""
+        for name, mine in self.state_dict().items():
+            if state_dict[name] != mine:
+                raise ValueError(
+                    f"the checkpoint was trained with {name} {state_dict[name]}, got {mine}; "
+                    "resume with the same data, or start a new run"
+                )
+
+    def _evaluation(self, split: str) -> ResumableLoader:
+        batches = self.batches(split)
+        return ResumableLoader.evaluation(
+            batches.make_evaluation,
+            batches.n_batches,
+            self.trainer,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    def _prepare(self) -> dict[str, list[LabelledSequence]]:
+        if self._sequences is not None:
+            return self._sequences
+        folder = expand_path(self.path)
+        self._left_out = []
+        split_of: dict[str, list[LabelledSequence]] = {}
+        for split in SPLITS:
+            file = folder / self.files[split]
+            if split != "train" and not file.is_file():
+                split_of[split] = []
+                continue
+            found = read_labelled_sequences(file, skip_bad=self.skip_bad)
+            self._left_out += found.left_out
+            split_of[split] = []
+            if split == "train":
+                self._classes = class_names(one.label for one in found.sequences)
+            for one in found.sequences:
+                problem = self._problem(one)
+                if problem is None:
+                    split_of[split].append(one)
+                elif self.skip_bad:
+                    self._left_out.append(LeftOut(file, problem))
+                else:
+                    raise GenomeError(file, problem)
+        warn_left_out(self._left_out, "lines")
+        self._sequences = split_of
+        return split_of
+
+    def _problem(self, one: LabelledSequence) -> str | None:
+        if one.label not in self._classes:
+            known = ", ".join(self._classes)
+            return f"line {one.line}: the label is {one.label!r}, expected one of training's: {known}"
+        if self._tokens(one) < 1:
+            return f"line {one.line}: {len(one.sequence)} bases are less than a token's {self.tokenizer.span}"
+        return None
+
+    def _tokens(self, one: LabelledSequence) -> int:
+        """Tokens of a sequence, the single bases behind the last whole token among them."""
+        bases, tokenizer = len(one.sequence), self.tokenizer
+        whole = tokenizer.tokens_in(bases)
+        return whole + (bases - whole * tokenizer.step if tokenizer.step == tokenizer.span else 0)
