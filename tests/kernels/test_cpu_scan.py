@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssm_modal.kernels.conv.ref import causal_conv1d_ref
 from ssm_modal.kernels.cpu import bindings, loader
+from ssm_modal.kernels.scan import selective_scan
 from ssm_modal.kernels.scan.ref import selective_scan_ref
 from ssm_modal.kernels.sequences import Sequences
 from tests.tolerances import assert_close
@@ -445,3 +446,25 @@ def test_narrower_vectors(narrower: str, tmp_path: Path, monkeypatch: pytest.Mon
     test_softplus_keeps_small_steps()
     test_decay_from_underflow_to_overflow()
     test_gate()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_states_that_fade_away_are_zero_and_the_mode_of_the_thread_is_kept(threads: int) -> None:
+    """A state below the normal numbers is 0 in the kernels; outside, such numbers are still there."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        u = torch.zeros(2, 200, 64)
+        u[:, 0] = 1.0
+        one = torch.ones_like(u)
+        rates = torch.full((64, 2), -0.5)
+        B = C = torch.ones(2, 200, 2)
+        for steps, fraction in ((100, 1.0), (190, 0.0)):
+            given = (u[:, :steps], one[:, :steps], rates, B[:, :steps], C[:, :steps])
+            _, final = selective_scan(*given, return_final_state=True, backend="cpu")
+            # e^-49.5 is a normal number, e^-94.5 = 9e-42 is not.
+            expected = fraction * torch.exp(torch.tensor(-0.5 * (steps - 1)))
+            torch.testing.assert_close(final, expected.expand_as(final), rtol=1e-4, atol=0.0)
+        assert float(torch.tensor([1e-40]) * 0.5) > 0
+    finally:
+        torch.set_num_threads(before)
