@@ -8,9 +8,9 @@ exchanges every state over every distance. Here
    lanes: register 4 q + j of all lanes comes out in the four registers of the lanes with lane % 4 = q, so
    that eight registers remain of the two tiles;
 2. where all lanes are channels, each puts its registers into shared memory, and after a block of steps every
-   lane adds up the eight groups for four of the sums of one step (`flush`). Where lanes share channels, lanes
-   halve what they are responsible for over the remaining distances: each gives away one half of its registers
-   and takes in the partner's share of the other half;
+   lane adds up the eight groups for four of the sums of one step (`flush_channels`). Where lanes share
+   channels, lanes halve what they are responsible for over the remaining distances: each gives away one half
+   of its registers and takes in the partner's share of the other half;
 3. each lane adds the sums it is left with to their places, without waiting for the result.
 
 Tensor cores cut their operands to 11 significant bits; SPLIT feeds what was cut off as well. Triton has no
@@ -91,8 +91,8 @@ def assembly(block_n: int, block_d: int, split: bool, shared: bool, vectors: boo
     """PTX for tiles [block_n, block_d].
 
     `sums` takes the R registers of a lane of either tile in the order of n, then R copies of the lane's
-    number in the warp; its first `held` outputs are sums, of which `places` knows whose. `add` takes R sums,
-    R addresses and R flags and adds the first `held` sums where the flag is not 0.
+    number in the warp; its first `held` outputs are sums, of which `sum_places` knows whose. `add` takes R
+    sums, R addresses and R flags and adds the first `held` sums where the flag is not 0.
 
     shared: `sums` takes R copies of an address in shared memory besides and puts the sums of the first tile
     there, those of the second APART bytes further; `add` takes an address there, one in device memory,
