@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ssm_modal.tasks.base import (
     DEFAULT_OPTIMIZER,
     DEFAULT_SCHEDULE,
     IGNORE,
+    InitPart,
     OptimizerConfig,
     Recompute,
     ScheduleConfig,
@@ -33,11 +35,21 @@ class Classification(TrainingTask):
 
     A batch has `ids` or `waveform` (batch, length), or (1, total) packed by `cu_seqlens`, and `labels`
     (sequences,) int64, the class, -100 where there is none. `recordings` (sequences,) int64 is optional: what
-    number a sequence has in the data module.
+    number a sequence has in the data module. `in_training` (sequences,) bool is optional too: whether a
+    sequence stands in training.
 
-    Logs `train/loss`, and under `val/` or `test/` `loss` (nats a sequence, without label smoothing) and
-    `accuracy`, exact over batches and processes. A test (`ssm-modal test`, or `fit` when it has ended) writes
-    into the run's folder:
+    Logs `train/loss`, and under `val/` or `test/`, exact over batches and processes:
+
+        loss          nats a sequence, without label smoothing
+        accuracy      the share recognised
+        mcc           Matthews' correlation coefficient over the whole split, of one confusion matrix
+                      (`torchmetrics`' generalisation to any number of classes)
+        mcc_low, mcc_high   tests alone: where 95 % of its values lie over `bootstrap` resamplings of the
+                      split's sequences
+        sequences_new, accuracy_new, mcc_new   the same without the sequences that stand in training, where
+                      the batches say which do
+
+    A test (`ssm-modal test`, or `fit` when it has ended) writes into the run's folder:
 
         classes.csv       class, count (its sequences), right (those recognised)
         confusion.csv     a row a true class, a column a predicted one, sequences in each cell
@@ -51,6 +63,7 @@ class Classification(TrainingTask):
             is one that gives logits (sequences, n_classes), such as `audio_classifier`.
         label_smoothing: in training, the share of the target spread evenly over all classes, 0 to below 1.
         plots: write `confusion.png` too.
+        bootstrap: resamplings of the interval of the MCC, 0 for none.
 
     The data module may have `classes`, the names of the classes in the order of their numbers, and
     `predicted_files()`, the name of what each number in `recordings` stands for; without them the numbers
@@ -64,17 +77,20 @@ class Classification(TrainingTask):
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
-        init_part: Literal["all", "backbone"] = "all",
+        init_part: InitPart = "all",
         label_smoothing: float = 0.0,
         plots: bool = False,
         recompute: Recompute = "none",
+        bootstrap: int = 1000,
     ) -> None:
         super().__init__(model, overrides, optimizer, schedule, init_from, init_part, recompute)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more and below 1")
         if not isinstance(self.hparams["model_config"].get("n_classes"), int):
             raise ConfigError(f"model is {model!r}, expected a classifier: a model with n_classes")
-        self.label_smoothing, self.plots = label_smoothing, plots
+        if bootstrap < 0:
+            raise ValueError(f"bootstrap is {bootstrap}, expected 0 or more")
+        self.label_smoothing, self.plots, self.bootstrap = label_smoothing, plots, bootstrap
         self._confusion: Tensor | None = None
         self._predicted: list[dict[str, Any]] = []
         self._trained_classes: tuple[str, ...] = ()
@@ -152,26 +168,47 @@ class Classification(TrainingTask):
         if stage == "train":
             return StepOutput(loss, count)
         predicted = wide.argmax(-1)
-        self._count(labels, predicted, known)
+        self._count(labels, predicted, known, batch.get("in_training"))
         return StepOutput(loss, count, {"accuracy": ((predicted == labels).sum(), count)})
 
-    def _count(self, labels: Tensor, predicted: Tensor, known: Tensor) -> None:
-        """Add a batch to the confusion matrix (n_classes, n_classes) int64, a row a true class."""
+    def _count(self, labels: Tensor, predicted: Tensor, known: Tensor, seen: Tensor | None) -> None:
+        """Add a batch to the confusion matrices (3, n_classes, n_classes) int64, a row a true class: of
+        sequences that do not stand in training, that do, and of which it is not said."""
         n = self.n_classes
         if self._confusion is None:
-            self._confusion = torch.zeros(n, n, dtype=torch.int64, device=labels.device)
-        cells = torch.where(known, labels * n + predicted, n * n)  # the last cell: sequences without a label
-        self._confusion += torch.bincount(cells, minlength=n * n + 1)[: n * n].view(n, n)
+            self._confusion = torch.zeros(3, n, n, dtype=torch.int64, device=labels.device)
+        kind = torch.full_like(labels, 2) if seen is None else seen.to(labels.dtype)
+        cells = (kind * n + labels) * n + predicted
+        cells = torch.where(known, cells, 3 * n * n)  # the last cell: sequences without a label
+        self._confusion += torch.bincount(cells, minlength=3 * n * n + 1)[: 3 * n * n].view(3, n, n)
+
+    def _confusions(self) -> Tensor:
+        n = self.n_classes
+        own = self._confusion
+        total = torch.zeros(3, n, n, dtype=torch.int64, device=self.device) if own is None else own.clone()
+        if int(self.trainer.world_size) > 1:
+            torch.distributed.all_reduce(total)
+        return total.cpu()
 
     def confusion(self) -> Tensor:
         """The matrix of the last validation or test over all processes, (n_classes, n_classes) int64 on the
         host."""
-        n = self.n_classes
-        own = self._confusion
-        total = torch.zeros(n, n, dtype=torch.int64, device=self.device) if own is None else own.clone()
-        if int(self.trainer.world_size) > 1:
-            torch.distributed.all_reduce(total)
-        return total.cpu()
+        return self._confusions().sum(0)
+
+    def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
+        new, seen, unknown = self._confusions()
+        whole = new + seen + unknown
+        if self.n_classes < 2 or not int(whole.sum()):
+            return {}
+        out = {"mcc": mcc(whole)}
+        if stage == "test" and self.bootstrap:
+            out["mcc_low"], out["mcc_high"] = mcc_interval(whole, self.bootstrap)
+        if not int(unknown.sum()):
+            count = int(new.sum())
+            out["sequences_new"] = float(count)
+            out["accuracy_new"] = int(new.diagonal().sum()) / count if count else math.nan
+            out["mcc_new"] = mcc(new) if count else math.nan
+        return out
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -237,6 +274,41 @@ class Classification(TrainingTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._trained_classes = tuple(checkpoint.get(_CHECKPOINT_KEY, {}).get("classes", ()))
+
+
+def mcc(matrix: Tensor) -> float:
+    """Matthews' correlation coefficient of a confusion matrix (n, n) int64, a row a true class; 0 where all
+    sequences are of one class or predicted to be."""
+    from torchmetrics.classification import MulticlassMatthewsCorrCoef
+
+    metric = MulticlassMatthewsCorrCoef(num_classes=matrix.shape[0])
+    true, predicted = _pairs(matrix)
+    return float(metric(predicted, true))
+
+
+def mcc_interval(
+    matrix: Tensor, resamplings: int, *, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """The bootstrap interval (percentiles) of the MCC: as many sequences drawn with replacement as there are.
+
+    matrix: (n, n) int64. Drawing sequences is drawing cells of the matrix by their counts. seed: of the
+    draws, so that the same matrix gives the same interval.
+    """
+    import numpy as np
+
+    counts = matrix.flatten().double().numpy()
+    drawn = np.random.default_rng(seed).multinomial(int(matrix.sum()), counts / counts.sum(), resamplings)
+    values = torch.tensor([mcc(one) for one in torch.from_numpy(drawn).view(resamplings, *matrix.shape)])
+    tail = (1.0 - level) / 2
+    low, high = torch.quantile(values.double(), torch.tensor([tail, 1.0 - tail]).double()).tolist()
+    return low, high
+
+
+def _pairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The true and the predicted class of each sequence in a confusion matrix (n, n), in any order."""
+    n = matrix.shape[0]
+    cells = torch.repeat_interleave(torch.arange(n * n), matrix.flatten())
+    return cells // n, cells % n
 
 
 def classes_table(matrix: Tensor, names: Sequence[str]) -> str:
