@@ -353,9 +353,7 @@ class TrainingTask(LightningModule):
             )
 
 
-def _parts(
-    target: Any, source: Any, where: str, part: InitPart
-) -> list[tuple[str, nn.Module, nn.Module]]:
+def _parts(target: Any, source: Any, where: str, part: InitPart) -> list[tuple[str, nn.Module, nn.Module]]:
     """The modules of the models `target` and `source` that `part` means, each with its name."""
     if part == "all":
         return [("all", target, source)]

@@ -43,7 +43,6 @@ class Classification(TrainingTask):
         loss          nats a sequence, without label smoothing
         accuracy      the share recognised
         mcc           Matthews' correlation coefficient over the whole split, of one confusion matrix
-                      (`torchmetrics`' generalisation to any number of classes)
         mcc_low, mcc_high   tests alone: where 95 % of its values lie over `bootstrap` resamplings of the
                       split's sequences
         sequences_new, accuracy_new, mcc_new   the same without the sequences that stand in training, where
@@ -200,14 +199,14 @@ class Classification(TrainingTask):
         whole = new + seen + unknown
         if self.n_classes < 2 or not int(whole.sum()):
             return {}
-        out = {"mcc": mcc(whole)}
+        out = {"mcc": float(mcc(whole))}
         if stage == "test" and self.bootstrap:
             out["mcc_low"], out["mcc_high"] = mcc_interval(whole, self.bootstrap)
         if not int(unknown.sum()):
             count = int(new.sum())
             out["sequences_new"] = float(count)
             out["accuracy_new"] = int(new.diagonal().sum()) / count if count else math.nan
-            out["mcc_new"] = mcc(new) if count else math.nan
+            out["mcc_new"] = float(mcc(new)) if count else math.nan
         return out
 
     def on_validation_epoch_start(self) -> None:
@@ -276,14 +275,19 @@ class Classification(TrainingTask):
         self._trained_classes = tuple(checkpoint.get(_CHECKPOINT_KEY, {}).get("classes", ()))
 
 
-def mcc(matrix: Tensor) -> float:
-    """Matthews' correlation coefficient of a confusion matrix (n, n) int64, a row a true class; 0 where all
-    sequences are of one class or predicted to be."""
-    from torchmetrics.classification import MulticlassMatthewsCorrCoef
+def mcc(matrices: Tensor) -> Tensor:
+    """Matthews' correlation coefficient of confusion matrices (..., n, n) int64, a row a true class: (...)
+    float64, for more than two classes Gorodkin's R_K (Comput. Biol. Chem. 28, 2004).
 
-    metric = MulticlassMatthewsCorrCoef(num_classes=matrix.shape[0])
-    true, predicted = _pairs(matrix)
-    return float(metric(predicted, true))
+    0 where all sequences are of one class or predicted to be, as scikit-learn has it (torchmetrics returns
+    another number there).
+    """
+    wide = matrices.double()
+    true, predicted = wide.sum(-1), wide.sum(-2)
+    total, right = true.sum(-1), wide.diagonal(dim1=-2, dim2=-1).sum(-1)
+    top = right * total - (true * predicted).sum(-1)
+    bottom = (total.square() - true.square().sum(-1)) * (total.square() - predicted.square().sum(-1))
+    return torch.where(bottom > 0, top / bottom.clamp(min=1).sqrt(), torch.zeros_like(top))
 
 
 def mcc_interval(
@@ -298,17 +302,10 @@ def mcc_interval(
 
     counts = matrix.flatten().double().numpy()
     drawn = np.random.default_rng(seed).multinomial(int(matrix.sum()), counts / counts.sum(), resamplings)
-    values = torch.tensor([mcc(one) for one in torch.from_numpy(drawn).view(resamplings, *matrix.shape)])
+    values = mcc(torch.from_numpy(drawn).view(resamplings, *matrix.shape))
     tail = (1.0 - level) / 2
-    low, high = torch.quantile(values.double(), torch.tensor([tail, 1.0 - tail]).double()).tolist()
+    low, high = torch.quantile(values, torch.tensor([tail, 1.0 - tail]).double()).tolist()
     return low, high
-
-
-def _pairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The true and the predicted class of each sequence in a confusion matrix (n, n), in any order."""
-    n = matrix.shape[0]
-    cells = torch.repeat_interleave(torch.arange(n * n), matrix.flatten())
-    return cells // n, cells % n
 
 
 def classes_table(matrix: Tensor, names: Sequence[str]) -> str:

@@ -113,9 +113,7 @@ def evaluate_context(
     return result
 
 
-def write_context(
-    folder: Path, results: Sequence[ContextResult], names: Sequence[tuple[str, str]]
-) -> None:
+def write_context(folder: Path, results: Sequence[ContextResult], names: Sequence[tuple[str, str]]) -> None:
     """Write three tables, each whole or not at all.
 
     context.csv           length, nats_per_base, bases, windows

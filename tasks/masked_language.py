@@ -30,9 +30,9 @@ from ssm_modal.tasks.language import nats_per_base, safe_exp
 class MaskedLanguageModelling(TrainingTask):
     """Predict the tokens at masked places (BERT, arXiv 1810.04805; of DNA with Caduceus, arXiv 2403.03234).
 
-    A batch: `ids` (batch, length) int64, what the model is given, with masks in it, and `labels` likewise, the
-    token at a chosen place and -100 elsewhere; or both (1, total) packed by `cu_seqlens`. Logits are computed
-    at chosen places alone, the loss in fp32.
+    A batch: `ids` (batch, length) int64, what the model is given, with masks in it, and `labels` likewise,
+    the token at a chosen place and -100 elsewhere; or both (1, total) packed by `cu_seqlens`. Logits are
+    computed at chosen places alone, the loss in fp32.
 
     Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a chosen token, the mean over all of them),
     `perplexity`, `accuracy` (the share of chosen tokens predicted right), and `nats_per_base` where the data

@@ -61,15 +61,6 @@ class StrandsConfig(Config):
         """The tokenizer that the ids come from."""
         return _tokenizer(self.kmer, self.overlapping)
 
-    def check_vocabulary(self, owner: str, vocab_size: int) -> None:
-        """Raise ConfigError unless `vocab_size` is the tokenizer's: each id needs its complement."""
-        wanted = self.tokenizer().vocab_size
-        if vocab_size != wanted:
-            kind = "nucleotides" if self.kmer is None else f"{self.kmer}-mers"
-            raise ConfigError(
-                f"{owner}: vocab_size is {vocab_size}, expected {wanted}, the vocabulary of strands' {kind}"
-            )
-
 
 @lru_cache(maxsize=8)
 def _tokenizer(kmer: int | None, overlapping: bool) -> DNATokenizer:
@@ -78,11 +69,18 @@ def _tokenizer(kmer: int | None, overlapping: bool) -> DNATokenizer:
 
 
 class Strands(nn.Module):
-    """Ids to the ids of both strands, and the outputs of both side by side. Has no parameters."""
+    """Ids to the ids of both strands, and the outputs of both side by side. Has no parameters.
 
-    def __init__(self, config: StrandsConfig) -> None:
+    vocab_size: the model's; ConfigError where it is not the tokenizer's, since each id needs its complement.
+    """
+
+    def __init__(self, config: StrandsConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
+        wanted = config.tokenizer().vocab_size
+        if vocab_size != wanted:
+            kind = "nucleotides" if config.kmer is None else f"{config.kmer}-mers"
+            raise ConfigError(f"vocab_size is {vocab_size}, expected {wanted}, the vocabulary of {kind}")
         # No buffer: it follows from the config, and an average of weights would average it.
         self._complement = config.tokenizer().complement
 

@@ -59,10 +59,8 @@ class SequenceClassifierConfig(ModelConfig):
             raise ConfigError(
                 f"{name}: pooling is 'last' with a backbone that is not causal, expected 'mean' or 'max'"
             )
-        if self.strands is not None:
-            if not isinstance(self.input, IdsConfig):
-                raise ConfigError(f"{name}: strands is set, but the input is {self.input.type!r}, not ids")
-            self.strands.check_vocabulary(name, self.input.vocab_size)
+        if self.strands is not None and not isinstance(self.input, IdsConfig):
+            raise ConfigError(f"{name}: strands is set, but the input is {self.input.type!r}, not ids")
 
     @property
     def causal(self) -> bool:
@@ -102,7 +100,9 @@ class SequenceClassifier(Model):
         d_model = config.backbone.d_model
         self.input = config.input.build(d_model)
         self.backbone = Backbone(config.backbone)
-        self.strands = None if config.strands is None else Strands(config.strands)
+        self.strands = None
+        if config.strands is not None and isinstance(config.input, IdsConfig):
+            self.strands = Strands(config.strands, config.input.vocab_size)
         self._aware = self.strands is not None and config.strand_use == "aware"
         width = 2 * d_model if self._aware else d_model
         self.head = ClassificationHead(width, config.n_classes, config.pooling, config.head_dropout)

@@ -42,9 +42,7 @@ class MaskedLMConfig(ModelConfig):
         name = "MaskedLMConfig"
         check_positive(name, vocab_size=self.vocab_size, pad_vocab_multiple=self.pad_vocab_multiple)
         check_positive(name, embedding_std=self.embedding_std)
-        if self.strands is not None:
-            self.strands.check_vocabulary(name, self.vocab_size)
-        elif self.backbone.causal:
+        if self.strands is None and self.backbone.causal:
             raise ConfigError(
                 f"{name}: the backbone is causal, but what is masked is read from both sides; set "
                 "backbone.bidirectional"
@@ -74,7 +72,7 @@ class MaskedLM(Model):
         multiple = config.pad_vocab_multiple
         rows = -(-config.vocab_size // multiple) * multiple
         d_model = config.backbone.d_model
-        self.strands = None if config.strands is None else Strands(config.strands)
+        self.strands = None if config.strands is None else Strands(config.strands, config.vocab_size)
         self.embedding = nn.Embedding(rows, d_model)
         self.backbone = Backbone(config.backbone)
         tied = self.embedding if config.tie_embeddings else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -56,7 +57,7 @@ class SequenceCNN(Model):
         widths = [config.vocab_size, *[config.d_model] * config.n_layers]
         self.convs = nn.ModuleList(
             nn.Conv1d(before, after, config.kernel, padding=config.kernel // 2)
-            for before, after in zip(widths, widths[1:])
+            for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in widths[1:])
         self.dropout = nn.Dropout(config.dropout)

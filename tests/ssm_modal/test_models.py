@@ -18,8 +18,8 @@ from ssm_modal.models import (
     CausalLMConfig,
     MaskedLMConfig,
     ModelConfig,
-    SequenceCNNConfig,
     SequenceClassifierConfig,
+    SequenceCNNConfig,
     model_config,
     register_model,
 )
