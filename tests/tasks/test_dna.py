@@ -25,7 +25,7 @@ from ssm_modal.datamodules.dna_labelled import DNAClassificationDataModule
 from ssm_modal.datamodules.dna_plan import Stage, training_stages
 from ssm_modal.errors import CheckpointError, ConfigError
 from ssm_modal.tasks import Classification, DNALanguageModelling, MaskedLanguageModelling
-from ssm_modal.tasks.classification import mcc, mcc_interval
+from ssm_modal.tasks.matthews import mcc, mcc_interval
 from tests.tasks.test_base import trainer
 from tests.tasks.tiny import assert_same, load, weights
 
