@@ -23,6 +23,7 @@ ORDER = (
     ("backbone",),
     ("heads",),
     ("models",),
+    ("attribution",),
     ("checkpoints",),
     ("generation",),
     ("cli",),
