@@ -17,9 +17,9 @@ from ssm_modal.attribution.hidden_attention import (
     hidden_attention_row,
     mixing_layers,
 )
+from ssm_modal.attribution.layout import Layout
 from ssm_modal.attribution.result import METHODS, Attribution, Method
 from ssm_modal.layers.bidirectional import Bidirectional
-from ssm_modal.layers.inputs import StridedWaveformInput
 from ssm_modal.layers.mixer import ROW_CHUNK, Mixer
 
 
@@ -101,19 +101,22 @@ def _hidden_attention(
     for i, call in zip(chosen, calls):
         if len(call) != 1:
             raise ValueError(f"layer {i} ran {len(call)} times in one call of the model, expected once")
-    last = calls[-1][0]
+    layout = Layout(model, inputs)
     if position is None:
-        positions = _strongest(logit, last.output)
+        positions = _strongest(logit, calls[-1][0].output, layout)
     else:
         positions = torch.full((inputs.shape[0],), position, device=inputs.device)
-    rows = [_rows(layers[i], call[0].x, positions, channels, chunk_size) for i, call in zip(chosen, calls)]
+    rows = [
+        _placed(_rows(layers[i], call[0].x, positions, channels, chunk_size, layout), i, layout)
+        for i, call in zip(chosen, calls)
+    ]
     row = rows[0] if layer != "mean" else _mean(rows)
     return Attribution(
         "hidden_attention",
         row.total.cpu(),
         read.logits.cpu(),
         read.target.cpu(),
-        stride=_stride(model),
+        stride=layout.stride,
         layer="mean" if layer == "mean" else chosen[0],
         positions=positions.cpu(),
         forwards=None if row.forwards is None else row.forwards.cpu(),
@@ -195,25 +198,38 @@ def _recorded(layers: list[Mixer | Bidirectional]) -> Iterator[list[list[_Call]]
             handle.remove()
 
 
-def _strongest(logit: Tensor, output: Tensor) -> Tensor:
+def _strongest(logit: Tensor, output: Tensor, layout: Layout) -> Tensor:
     """(batch,) the step of `output` (batch, length, d) with the greatest gradient x output of `logit`, among
     those that it draws on at all."""
     (grad,) = torch.autograd.grad(logit.sum(), output)
-    gain = (grad * output.detach()).sum(-1)
-    return gain.masked_fill((grad == 0).all(-1), -torch.inf).argmax(-1)
+    gain = layout.join((grad * output.detach()).sum(-1))
+    drawn = layout.join((grad != 0).any(-1).int()) > 0
+    return gain.masked_fill(~drawn, -torch.inf).argmax(-1)
 
 
 def _rows(
-    layer: Mixer | Bidirectional, x: Tensor, positions: Tensor, channels: Channels, chunk_size: int
+    layer: Mixer | Bidirectional,
+    x: Tensor,
+    positions: Tensor,
+    channels: Channels,
+    chunk_size: int,
+    layout: Layout,
 ) -> AttentionRow:
-    """The row of its own position of every batch row."""
+    """The row of its own position of every row of x."""
     rows = [
         hidden_attention_row(layer, x[i : i + 1], at, channels=channels, chunk_size=chunk_size)
-        for i, at in enumerate(positions.tolist())
+        for i, at in enumerate(layout.positions(positions, x).tolist())
     ]
     return AttentionRow(
         _joined([row.forwards for row in rows]),
         _joined([row.backwards for row in rows]),
+    )
+
+
+def _placed(row: AttentionRow, layer: int, layout: Layout) -> AttentionRow:
+    return AttentionRow(
+        None if row.forwards is None else layout.place(row.forwards, layer),
+        None if row.backwards is None else layout.place(row.backwards, layer),
     )
 
 
@@ -224,19 +240,16 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
 
 def _mean(rows: list[AttentionRow]) -> AttentionRow:
     """Over layers, each row divided by its sum of absolute values; a direction that some lack counts zero."""
-    sizes = [row.total.abs().sum(-1, keepdim=True).clamp(min=1e-30) * len(rows) for row in rows]
+    sizes = []
+    for row in rows:
+        size = row.total.abs().flatten(1).sum(1).clamp(min=1e-30) * len(rows)
+        sizes.append(size.view(-1, *[1] * (row.total.ndim - 1)))
 
     def total(parts: list[Tensor | None]) -> Tensor | None:
         there = [part / size for part, size in zip(parts, sizes) if part is not None]
         return torch.stack(there).sum(0) if there else None
 
     return AttentionRow(total([row.forwards for row in rows]), total([row.backwards for row in rows]))
-
-
-def _stride(model: nn.Module) -> int:
-    """Input elements a step of the layers."""
-    front = getattr(model, "input", None)
-    return front.config.stride if isinstance(front, StridedWaveformInput) else 1
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_modal.attribution.layout import Layout
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -58,7 +60,8 @@ def input_gradients(model: nn.Module, inputs: Tensor, choose: Callable[[Any], Te
                     "nothing to take the gradient by"
                 )
         found = torch.autograd.grad(output.sum(), leaves)
-    relevance = sum(_over_channels(leaf.detach() * grad) for leaf, grad in zip(leaves, found))
+    layout = Layout(model, inputs)
+    relevance = sum(layout.join(_over_channels(leaf.detach() * grad)) for leaf, grad in zip(leaves, found))
     assert isinstance(relevance, Tensor)
     return Gradients(relevance, output.detach())
 
@@ -75,7 +78,8 @@ def _embeddings(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
     leaves: list[Tensor] = []
 
     def make_leaf(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not args or args[0].shape != ids.shape or not torch.equal(args[0], ids):
+        # Behind the ids themselves there may be those of the other strands.
+        if not args or args[0].shape[1:] != ids.shape[1:] or not torch.equal(args[0][: len(ids)], ids):
             return None  # positions, or something else the model looks up
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]

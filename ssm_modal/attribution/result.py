@@ -23,13 +23,15 @@ METHODS: tuple[Method, ...] = ("gradient_x_input", "hidden_attention")
 class Attribution:
     """Relevance of input positions, on the host; fp32, fp64 of an fp64 model.
 
-    method: how it was found. relevance: (batch, steps), or of an image's pixels (batch, height, width).
+    method: how it was found. relevance: (batch, steps); of images (batch, height, width), of pixels or, by
+    hidden attention, of patches.
     logits: (batch, n), the outputs that one was explained of. target: (batch,) int64, which one.
     stride: input elements a step: step i is at element i * stride.
 
     Of "hidden_attention" also layer: the number of the layer, from 0, or "mean" over layers; positions:
-    (batch,) int64, the output step whose row it is; forwards, backwards: (batch, steps), what came from
-    either direction, None where there is none. Their sum is `relevance`.
+    (batch,) int64, the output step whose row it is, counted in the layer (a class token takes a step there);
+    forwards, backwards: shaped as `relevance`, which is their sum: what either direction brings, None where
+    there is no such direction.
     """
 
     method: Method
