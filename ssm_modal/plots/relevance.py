@@ -32,13 +32,14 @@ def draw_waveform_relevance(
     wave = waveform.detach().float().cpu()
     n = wave.shape[0]
     size, edges, sums = _binned(relevance, n)
-    low = -_blocks(-wave, size, -torch.inf).amax(1)
-    high = _blocks(wave, size, -torch.inf).amax(1)
+    # A line from the lowest to the highest sample of each pixel, up to where the next one begins.
+    next_first = torch.cat([wave[size::size], wave[-1:]])
+    low = torch.minimum(-_blocks(-wave, size, -torch.inf).amax(1), next_first)
+    high = torch.maximum(_blocks(wave, size, -torch.inf).amax(1), next_first)
     seconds = (edges[:-1] + edges[1:]) / 2 / sample_rate
     above, below = panel.subplots(2, 1, sharex=True)
     colors, norm = _scale(sums)
-    # A line from the lowest to the highest sample of each pixel, never of no height at all.
-    thin = 0.004
+    thin = 0.004  # never of no height at all
     above.vlines(
         seconds.numpy(), (low - thin).numpy(), (high + thin).numpy(), colors=colors(norm(sums.numpy()))
     )
