@@ -179,7 +179,7 @@ def test_configs_go_to_json_and_back() -> None:
         (lambda d: d["backbone"]["mixer"][1].pop("type"), r"mixer.1: the key 'type' is missing"),
         (lambda d: d["backbone"].pop("d_model"), "backbone: the key 'd_model' is missing"),
         (lambda d: d["backbone"].update(d_model="8"), "backbone.d_model: got '8', expected an integer"),
-        (lambda d: d["backbone"].update(mlp=3), "backbone.mlp: got 3, expected MLPConfig or None"),
+        (lambda d: d["backbone"].update(mlp=3), "backbone.mlp: got 3, expected FeedForwardConfig or None or a list"),
         (lambda d: d.update(backbone=None), "backbone: expected a mapping"),
         (lambda d: d.update(type="mamba"), "unknown type 'mamba'"),
     ],
