@@ -19,19 +19,19 @@ class BackboneConfig(Config):
     """n_layers blocks of width d_model.
 
     mixer: one config for every block, or a tuple repeated over them: layer i takes mixer[i % len(mixer)], so
-    a hybrid is `mixer=(mamba,) * 7 + (attention,)`. mlp: None for blocks of a mixer alone, or what follows the
-    mixer, an MLP or a mixture of experts, again one or a tuple repeated over the blocks (None among them for
-    none). bidirectional: wraps every mixer that runs in one direction (attention with causal=False is left as it is). norm_eps: of
-    every RMSNorm. residual_in_fp32: keep the residual stream in fp32 beside half-precision layers. dropout:
-    on each branch, before it is added. gradient_checkpointing: in training, keep only the blocks' inputs and
-    compute the rest again.
+    a hybrid is `mixer=(mamba,) * 7 + (attention,)`. mlp: None for blocks of a mixer alone, or what follows
+    the mixer, an MLP or a mixture of experts: one for every block, or a tuple repeated over them (None among
+    its entries for none). bidirectional: wraps every mixer that runs in one direction (attention with
+    causal=False is left as it is). norm_eps: of every RMSNorm. residual_in_fp32: keep the residual stream in
+    fp32 beside half-precision layers. dropout: on each branch, before it is added. gradient_checkpointing: in
+    training, keep only the blocks' inputs and compute the rest again.
     """
 
     type: ClassVar[str] = "backbone"
     d_model: int
     n_layers: int
     mixer: MixerConfig | tuple[MixerConfig, ...] = field(default_factory=MambaConfig)
-    mlp: FeedForwardConfig | None | tuple[FeedForwardConfig | None, ...] = None
+    mlp: FeedForwardConfig | tuple[FeedForwardConfig | None, ...] | None = None
     bidirectional: BidirectionalConfig | None = None
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
@@ -48,8 +48,8 @@ class BackboneConfig(Config):
             raise ConfigError(f"{name}: mlp is an empty list, expected at least one entry, or null")
         if len({(m.n_experts, m.top_k, m.aux_loss_coef) for m in self._experts()}) > 1:
             raise ConfigError(
-                f"{name}: the mixtures of experts in mlp differ in n_experts, top_k or aux_loss_coef; their load "
-                "is balanced over all layers together, expected the same of each"
+                f"{name}: the mixtures of experts in mlp differ in n_experts, top_k or aux_loss_coef; their "
+                "load is balanced over all layers together, expected the same of each"
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{name}: dropout is {self.dropout}, expected 0 or more and below 1")

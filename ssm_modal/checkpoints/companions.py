@@ -1,4 +1,4 @@
-"""The files beside a model's weights that say how to use it: tokenizer, special tokens, generation defaults."""
+"""The files beside a model's weights that say how to use it: tokenizer, special tokens, defaults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def companions(folder: Path) -> dict[str, bytes]:
 
 
 def for_transformers(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """`files` as transformers reads them: a tokenizer of this package gives way to the Hugging Face one in it.
+    """`files` as transformers reads them: of this package's tokenizer file, the Hugging Face one in it.
 
     Raises CheckpointError for a tokenizer (bytes, characters, DNA) that has no form there.
     """
@@ -56,6 +56,6 @@ def for_transformers(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def token_ids(files: Mapping[str, bytes], document: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of special tokens that a config.json, or else a generation_config.json, names; None for none."""
+    """The ids of special tokens that a config.json names, else a generation_config.json; None for none."""
     generation = json.loads(files[GENERATION_FILE]) if GENERATION_FILE in files else {}
     return {name: document.get(name, generation.get(name)) for name in TOKEN_IDS}

@@ -94,9 +94,13 @@ def write_jamba(config: CausalLMConfig) -> dict[str, Any]:
     attention = one_mixer(config, AttentionConfig, problems)
     moes = {m for m in mlps if isinstance(m, MoEConfig)}
     dense = {m for m in mlps if isinstance(m, MLPConfig)}
-    problems.expect(all(isinstance(m, (MambaConfig, AttentionConfig)) for m in mixers), "a layer is of another kind")
+    problems.expect(
+        all(isinstance(m, (MambaConfig, AttentionConfig)) for m in mixers), "a layer is of another kind"
+    )
     if MambaConfig in {type(m) for m in mixers}:
-        problems.expect(mamba.bc_dt_norm_weights, "its Mamba layers have no norms with weights on dt, B and C")
+        problems.expect(
+            mamba.bc_dt_norm_weights, "its Mamba layers have no norms with weights on dt, B and C"
+        )
         problems.expect(
             mamba.bc_dt_norm_eps in (None, backbone.norm_eps),
             f"bc_dt_norm_eps is {mamba.bc_dt_norm_eps}, expected norm_eps {backbone.norm_eps}",
@@ -105,8 +109,10 @@ def write_jamba(config: CausalLMConfig) -> dict[str, Any]:
         problems.expect(attention.rope_theta is None, "its attention has rotary positions")
         problems.expect(not attention.bias, "its attention has biases")
     problems.expect(None not in mlps, "a layer has no MLP")
-    problems.expect(all(m.activation == "swiglu" and not m.bias for m in dense), "its MLPs are no plain SwiGLU")
-    widths = {m.hidden(backbone.d_model) for m in (*dense, *moes)}
+    problems.expect(
+        all(m.activation == "swiglu" and not m.bias for m in dense), "its MLPs are no plain SwiGLU"
+    )
+    widths = {m.hidden(backbone.d_model) for m in dense} | {m.hidden(backbone.d_model) for m in moes}
     problems.expect(len(widths) <= 1, f"its MLPs and experts have different widths, {sorted(widths)}")
     problems.expect(1 not in {m.n_experts for m in moes}, "it has a single expert")
     attends = _period([isinstance(m, AttentionConfig) for m in mixers])

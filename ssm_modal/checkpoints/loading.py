@@ -171,15 +171,15 @@ def _wide_names(model: Model | Backbone) -> set[str]:
     }
 
 
-def _final_dtype(
-    source: _Source, key: str, dtype: torch.dtype | None, wide: bool, where: str
-) -> torch.dtype:
+def _final_dtype(source: _Source, key: str, dtype: torch.dtype | None, wide: bool, where: str) -> torch.dtype:
     """The dtype that the model will have the tensor `key` of the files in."""
     stored = source.weights.dtypes[key]
     if stored in DTYPES:
         return stored_dtype(dtype or source.dtype or stored, wide)
     if source.family is not None:
-        raise CheckpointError(f"{where}: {key} has dtype {stored}, expected one of {', '.join(map(str, DTYPES))}")
+        raise CheckpointError(
+            f"{where}: {key} has dtype {stored}, expected one of {', '.join(map(str, DTYPES))}"
+        )
     return stored
 
 
@@ -231,7 +231,9 @@ def _plain_config(plain: Mapping[str, Any], where: Path) -> ModelConfig:
         raise CheckpointError(f"{where}: the config is not one of this version's: {error}") from error
 
 
-def _published_dtype(document: Mapping[str, Any], weights: Weights, parts: tuple[Part, ...]) -> torch.dtype | None:
+def _published_dtype(
+    document: Mapping[str, Any], weights: Weights, parts: tuple[Part, ...]
+) -> torch.dtype | None:
     """One dtype for all weights: the one config.json names, else the embedding's."""
     named = document.get("dtype", document.get("torch_dtype"))
     dtype = getattr(torch, str(named).removeprefix("torch."), None) if named is not None else None

@@ -75,7 +75,11 @@ def _cgroup_rest() -> int | None:
 
 
 def check_room(
-    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], wide: set[str], device: torch.device, source: str
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    wide: set[str],
+    device: torch.device,
+    source: str,
 ) -> None:
     """Raise CheckpointError where `device` has too little free memory for `tensors` in `dtypes`.
 
@@ -95,9 +99,11 @@ def check_room(
         if room is not None and room >= needed:
             choices.append(f"{other} has {_gib(room)} free, which is enough")
     narrow = next(iter(sorted(dtypes.values(), key=lambda d: d.itemsize)))
-    choices.append(f"{device} has room for about {free / narrow.itemsize / 1e9:.2g} billion weights in {narrow}")
+    most = free / narrow.itemsize / 1e9
+    choices.append(f"{device} has room for about {most:.2g} billion weights in {narrow}")
     raise CheckpointError(
-        f"{source} needs {_gib(needed)} for its weights, but {device} has {_gib(free)} free: {'; '.join(choices)}"
+        f"{source} needs {_gib(needed)} for its weights, but {device} has {_gib(free)} free: "
+        + "; ".join(choices)
     )
 
 

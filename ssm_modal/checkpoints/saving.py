@@ -144,7 +144,7 @@ def _write_shards(target: Path, model: CausalLM, family: Family, shard_bytes: in
         _save(shards[0], target / WEIGHTS_FILE)
         return
     stem, suffix = WEIGHTS_FILE.split(".")
-    where = {}
+    where: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.{suffix}"
         _save(shard, target / name)

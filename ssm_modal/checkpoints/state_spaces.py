@@ -17,7 +17,17 @@ from ssm_modal.models import CausalLMConfig
 
 NORM_EPS = 1e-5  # of every norm; the config has no word for it
 
-_SSM_KEYS = {"d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor", "conv_bias", "bias"}
+_SSM_KEYS = {
+    "d_state",
+    "d_conv",
+    "expand",
+    "dt_rank",
+    "dt_min",
+    "dt_max",
+    "dt_init_floor",
+    "conv_bias",
+    "bias",
+}
 # How weights start, and which kernels run: nothing that a trained model depends on.
 _IGNORED = {"layer", "dt_init", "dt_scale", "use_fast_path"}
 
@@ -61,7 +71,9 @@ def write_state_spaces(config: CausalLMConfig) -> dict[str, Any]:
     """A config.json that `mamba_ssm.MambaLMHeadModel.from_pretrained` reads."""
     write_mamba(config)  # the same restrictions
     backbone, problems = config.backbone, Problems("state_spaces")
-    problems.expect(backbone.norm_eps == NORM_EPS, f"its norm_eps is {backbone.norm_eps}, expected {NORM_EPS}")
+    problems.expect(
+        backbone.norm_eps == NORM_EPS, f"its norm_eps is {backbone.norm_eps}, expected {NORM_EPS}"
+    )
     mamba = one_mixer(config, MambaConfig, problems)
     problems.check()
     return {

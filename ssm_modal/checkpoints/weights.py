@@ -159,7 +159,9 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} names {wrong or 'no files'}, expected the names of files beside it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}"
+        )
     return [index.parent / name for name in names]
 
 

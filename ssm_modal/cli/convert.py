@@ -18,17 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder of this package, of transformers (mamba, falcon_mamba, jamba) or of state-spaces, a run's "
-        "folder, a .ckpt file or a Hugging Face repository (owner/name)",
+        help="a folder of this package, of transformers (mamba, falcon_mamba, jamba) or of state-spaces, a "
+        "run's folder, a .ckpt file or a Hugging Face repository (owner/name)",
     )
     parser.add_argument("target", metavar="TARGET", help="the folder to write, new or empty")
     parser.add_argument(
         "--to",
         choices=FORMATS,
         required=True,
-        help="ssm_modal: for this package; transformers: for AutoModelForCausalLM; state_spaces: for mamba_ssm",
+        help="for this package, for transformers' AutoModelForCausalLM, or for mamba_ssm",
     )
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), help="dtype of the weights; default: as in SOURCE")
+    parser.add_argument(
+        "--dtype", choices=sorted(_DTYPES), help="dtype of the weights; default: as in SOURCE"
+    )
     parser.add_argument(
         "--shard-gb",
         type=float,
@@ -45,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     source = str(expand_path(args.source, "SOURCE"))
     target = expand_path(args.target, "TARGET")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"TARGET is {target}, which is there already, expected a new or an empty folder")
+        raise FileExistsError(
+            f"TARGET is {target}, which is there already, expected a new or an empty folder"
+        )
     model = load_pretrained(source, dtype=None if args.dtype is None else _DTYPES[args.dtype])
     save_pretrained(
         model, target, format=args.to, source=source, shard_bytes=max(1, int(args.shard_gb * 1e9))

@@ -61,8 +61,8 @@ def long_token_loss(
         chunk: positions whose logits exist at once; None: about 1 GiB of fp32 logits on CUDA, 64 MiB on a
             CPU.
 
-    Inside `collect_routing(model)`, a mixture of experts run by segments adds one `Routing`, of all layers and
-    the whole length.
+    Inside `collect_routing(model)`, a mixture of experts run by segments adds one `Routing`, of all layers
+    and the whole length.
 
     Returns (loss (), count ()). Raises as `sum_over_segments` and `chunked_cross_entropy`.
     """

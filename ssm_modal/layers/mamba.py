@@ -32,8 +32,8 @@ class MambaConfig(MixerConfig):
 
     dt_rank: "auto" is ceil(d_model / 16). dt_min, dt_max: softplus(dt_bias) starts log-uniform between them,
     never below dt_init_floor. bias: of in_proj and out_proj. bc_dt_norm_eps: None, or the eps of a weightless
-    RMS norm on dt, B and C (Falcon-Mamba, arXiv 2410.05355). bc_dt_norm_weights: gives that norm weights (Jamba,
-    arXiv 2403.19887).
+    RMS norm on dt, B and C (Falcon-Mamba, arXiv 2410.05355). bc_dt_norm_weights: gives that norm weights
+    (Jamba, arXiv 2403.19887).
     """
 
     type: ClassVar[str] = "mamba"
@@ -57,7 +57,9 @@ class MambaConfig(MixerConfig):
         if self.d_state > 256:
             raise ConfigError(f"{name}: d_state is {self.d_state}, expected 1 to 256")
         if self.bc_dt_norm_weights and self.bc_dt_norm_eps is None:
-            raise ConfigError(f"{name}: bc_dt_norm_weights is true, expected bc_dt_norm_eps with it, got None")
+            raise ConfigError(
+                f"{name}: bc_dt_norm_weights is true, expected bc_dt_norm_eps with it, got None"
+            )
         if self.dt_rank != "auto":
             check_positive(name, dt_rank=self.dt_rank)
         if self.dt_max < self.dt_min:
@@ -84,8 +86,8 @@ class Mamba(Mixer, WideParameters):
 
     Parameters: in_proj (d_model -> 2 d_inner), conv1d (depthwise, d_conv), x_proj (d_inner -> dt_rank + 2
     d_state), dt_proj (dt_rank -> d_inner), dt_bias, D (d_inner,), A_log (d_inner, d_state), out_proj (d_inner
-    -> d_model); with bc_dt_norm_weights also dt_norm, B_norm and C_norm. dt_bias stands on its own, not as dt_proj's bias, because the scan adds it inside its
-    softplus in fp32.
+    -> d_model); with bc_dt_norm_weights also dt_norm, B_norm and C_norm. dt_bias stands on its own, not as
+    dt_proj's bias, because the scan adds it inside its softplus in fp32.
     """
 
     state_type = MambaState

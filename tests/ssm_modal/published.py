@@ -1,5 +1,5 @@
-"""Small published models with random weights, as transformers makes them, for the tests of loading, saving and
-parity."""
+"""Small published models with random weights, as transformers makes them, for the tests of loading, saving
+and parity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ MAMBA: list[dict[str, Any]] = [
     {"hidden_size": 24, "state_size": 5, "num_hidden_layers": 3, "use_bias": True, "expand": 3},
     {"hidden_size": 18, "state_size": 16, "num_hidden_layers": 2, "tie_word_embeddings": False},
     {"hidden_size": 33, "state_size": 7, "num_hidden_layers": 2, "use_conv_bias": False, "conv_kernel": 3},
-    {"hidden_size": 16, "state_size": 8, "num_hidden_layers": 4, "time_step_rank": 5, "layer_norm_epsilon": 1e-3},
+    {
+        "hidden_size": 16,
+        "state_size": 8,
+        "num_hidden_layers": 4,
+        "time_step_rank": 5,
+        "layer_norm_epsilon": 1e-3,
+    },
     {
         "hidden_size": 22,
         "state_size": 4,
@@ -27,12 +33,19 @@ MAMBA: list[dict[str, Any]] = [
         "conv_kernel": 2,
     },
 ]
-FALCON_MAMBA = [{**config, "mixer_rms_eps": eps} for config, eps in zip(MAMBA, (1e-6, 1e-3, 1e-2, 1e-5, 1e-6, 0.1))]
+FALCON_MAMBA = [
+    {**config, "mixer_rms_eps": eps} for config, eps in zip(MAMBA, (1e-6, 1e-3, 1e-2, 1e-5, 1e-6, 0.1))
+]
 JAMBA: list[dict[str, Any]] = [
     {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
     {"attn_layer_period": 3, "attn_layer_offset": 0, "num_experts": 3, "num_experts_per_tok": 1},
     {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 1, "mamba_proj_bias": True},
-    {"mamba_conv_bias": False, "tie_word_embeddings": True, "expert_layer_period": 1, "expert_layer_offset": 0},
+    {
+        "mamba_conv_bias": False,
+        "tie_word_embeddings": True,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+    },
     {"num_experts": 1, "attn_layer_period": 1, "attn_layer_offset": 0, "num_hidden_layers": 2},
     {"mamba_d_state": 5, "mamba_dt_rank": 3, "mamba_expand": 3, "mamba_d_conv": 3, "intermediate_size": 19},
     {"attn_layer_period": 4, "attn_layer_offset": 3, "expert_layer_period": 3, "num_hidden_layers": 4},

@@ -61,7 +61,9 @@ def test_equals_transformers_both_ways(family: str, config: dict[str, Any], tmp_
 
 
 SWEEP = [
-    (attention, expert) for attention in ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)) for expert in ((1, 0), (2, 0), (2, 1), (3, 2))
+    (attention, expert)
+    for attention in ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2))
+    for expert in ((1, 0), (2, 0), (2, 1), (3, 2))
 ]
 
 
