@@ -1,4 +1,4 @@
-"""The sequence classifier: an input layer, the backbone and a pooled head, for ids or waveforms."""
+"""The sequence classifier: an input layer, the backbone and a pooled head, for ids, waveforms or vectors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from ssm_modal.state import State
 
 @dataclass(frozen=True)
 class SequenceClassifierConfig(ModelConfig):
-    """n_classes classes. input: `IdsConfig`, `WaveformConfig` or `StridedWaveformConfig`.
+    """n_classes classes. input: `IdsConfig`, `WaveformConfig`, `StridedWaveformConfig` or
+    `VectorsConfig`.
 
     pooling: over the steps of each sequence: "mean", "max", or "last" for a causal model, whose last step
     alone has seen all others. head_dropout: on the pooled vector. The model is causal unless
@@ -93,9 +94,9 @@ class SequenceClassifier(Model):
         *,
         seqs: Sequences | Tensor | None = None,
     ) -> tuple[Tensor, ClassifierState | None]:
-        """x: (batch, length), ids int64 or int32 or a waveform of a floating dtype, as `config.input` says;
-        or (1, total) packed by `seqs`, a `Sequences` or cu_seqlens (sequences + 1,). state: what an earlier
-        call returned, or None; it is left untouched.
+        """x: (batch, length), ids int64 or int32 or a waveform of a floating dtype, or (batch, length,
+        channels) vectors, as `config.input` says; or (1, total[, channels]) packed by `seqs`, a `Sequences`
+        or cu_seqlens (sequences + 1,). state: what an earlier call returned, or None; it is left untouched.
 
         Returns (logits (batch or sequences, n_classes) of everything seen so far, new state; None where a
         layer needs the whole sequence).
@@ -134,8 +135,11 @@ class SequenceClassifier(Model):
         name = "SequenceClassifier"
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
-        if x.ndim != 2:
-            raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (batch, length)")
+        channels = self.input.channels
+        fits = x.ndim == 2 if channels is None else x.ndim == 3 and x.shape[2] == channels
+        if not fits:
+            expected = "(batch, length)" if channels is None else f"(batch, length, {channels})"
+            raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected {expected}")
         if seqs is not None:
             if x.shape[0] != 1:
                 raise ValueError(f"{name}: x has batch {x.shape[0]}, expected 1 with seqs")
