@@ -1,4 +1,4 @@
-"""Vision Mamba, tiny, beside timm's DeiT-tiny with flash attention: images a second and memory by image size."""
+"""Vision Mamba, tiny, beside timm's DeiT-tiny with flash attention: speed and memory by image size."""
 
 from __future__ import annotations
 

@@ -106,10 +106,6 @@ class ImageBatches:
         places = range(first, min(first + self.batch_size, len(self.samples)))
         return self._batch(places, self._transform(False))
 
-    def image(self, number: int) -> Tensor:
-        """Sample `number` as evaluation sees it, (channels, height, width) float32."""
-        return self._transform(False)(self.samples[number].read(self.preprocessing.channels))
-
     def _transform(self, training: bool) -> Transform:
         if self._transforms is None:
             plain = self.preprocessing.evaluation()

@@ -12,13 +12,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ssm_modal.datamodules.image_batches import ImageBatches, Layout, Sample
-from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
+from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
 from ssm_modal.io.image_arrays import ImageArray, read_cifar, read_mnist
 from ssm_modal.io.image_transforms import ImageAugmentation, ImagePreprocessing
 from ssm_modal.io.images import IMAGE_SUFFIXES, ImageError, ImageFile, find_images, read_image
+from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.recordings import SPLITS, LeftOut, Recording, assign_splits
 from ssm_modal.io.text import expand_path
+from ssm_modal.plots import draw_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -118,7 +120,7 @@ class ImageDataModule(pl.LightningDataModule):
                 raise ValueError(f"{name} is {number}, expected 0 or more")
         if permutation_seed is not None and layout != "pixels":
             raise ValueError(
-                f'permutation_seed is {permutation_seed} with layout "images", expected None, or layout "pixels"'
+                f'permutation_seed is {permutation_seed} with layout {layout!r}, expected layout "pixels"'
             )
         if source == "unlabelled" and predict != "all":
             raise ValueError(
@@ -133,8 +135,8 @@ class ImageDataModule(pl.LightningDataModule):
                 raise ValueError(f"path is None with source {source!r}, expected the folder of the images")
             if "SSM_MODAL_DATA" not in os.environ:
                 raise ValueError(
-                    f"path is None and SSM_MODAL_DATA is not set; give path, or set it to the folder that holds "
-                    f"{_PRESETS[source]}"
+                    "path is None and SSM_MODAL_DATA is not set; give path, or set it to the folder that "
+                    f"holds {_PRESETS[source]}"
                 )
             path = os.path.join(os.environ["SSM_MODAL_DATA"], _PRESETS[source])
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -176,7 +178,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The labels of all images, sorted (a published set's in its order): a class's number is its place."""
+        """The labels of all images, sorted (a published set's in its order): a class's number is its
+        place."""
         self._prepare()
         return self._classes
 
@@ -196,6 +199,13 @@ class ImageDataModule(pl.LightningDataModule):
         """The names of what is predicted, in order: what the numbers in a batch's `recordings` stand for."""
         return [sample.name for sample in self._predicted()]
 
+    def draw_example(self, panel: SubFigure, split: str, number: int) -> None:
+        """Draw image `number` of "validation", "test" or "predict" into the matplotlib subfigure `panel`, as
+        the model sees it."""
+        samples = self._predicted() if split == "predict" else self.samples(split)
+        image = self.preprocessing.evaluation()(samples[number].read(self.channels))
+        draw_image(panel, self.preprocessing.undo(image))
+
     def _predicted(self) -> list[Sample]:
         splits = self._prepare()
         return splits["test"] if self.predict == "test" else [s for name in SPLITS for s in splits[name]]
@@ -206,8 +216,8 @@ class ImageDataModule(pl.LightningDataModule):
         trainer = self.trainer
         if stage in ("fit", "test") and not samples["test"]:
             rank_zero_warn(
-                f"the test split of {self.path!r} holds no image, so nothing is tested: give it one or more, or "
-                "a larger test_fraction"
+                f"the test split of {self.path!r} holds no image, so nothing is tested: give it one or more, "
+                "or a larger test_fraction"
             )
         if stage != "fit" or trainer is None or not self.skip_bad:
             return
@@ -230,8 +240,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"no image of {self.path!r} has a label, expected labels to train by")
         if train and lacking:
             raise ValueError(
-                f"the train split of {self.path!r} holds no image of {', '.join(sorted(lacking))}, expected one "
-                "or more of each class"
+                f"the train split of {self.path!r} holds no image of {', '.join(sorted(lacking))}, "
+                "expected one or more of each class"
             )
         return ImageBatches(
             samples,
@@ -346,9 +356,10 @@ class ImageDataModule(pl.LightningDataModule):
         found = find_images(self.path, labels, suffixes=self.suffixes, skip_bad=self.skip_bad)
         self._left_out += found.left_out
         files = [one for one in found.files if self._fit(one)]
+        known = "test" if labels == "none" else None  # what has no label is predicted, in its order
         warn_left_out(self._left_out, "files or folders")
         split = assign_splits(
-            [Recording(one.path, one.label, one.split) for one in files],
+            [Recording(one.path, one.label, one.split or known) for one in files],
             self.val_fraction,
             self.test_fraction,
         )

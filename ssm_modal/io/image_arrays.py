@@ -1,4 +1,4 @@
-"""MNIST and CIFAR from their original files, in the folders where torchvision keeps them; nothing is fetched."""
+"""MNIST and CIFAR from their original files, in torchvision's folders; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def read_cifar(path: str | os.PathLike[str], name: str, split: str) -> ImageArra
                 folder / file,
                 f"holds {len(images[-1])} images and {len(labels[-1])} labels, expected as many",
             )
-    classes = tuple(str(one) for one in _unpickle(folder / meta)[names])
+    classes = tuple(_text(one) for one in _unpickle(folder / meta).get(names, ()))
     _check_labels(folder / files[0], torch.cat(labels), len(classes))
     return ImageArray(torch.cat(images).permute(0, 2, 3, 1), torch.cat(labels), classes, "+".join(files))
 
@@ -126,8 +126,8 @@ def _find(root: Path, names: list[str]) -> Path:
                 if file.is_file():
                     return file
     raise FileNotFoundError(
-        f"path is {str(root)!r}: no {names[0]} or {names[0]}.gz in it, in raw or in MNIST/raw; put the original "
-        "files there (nothing is downloaded)"
+        f"path is {str(root)!r}: no {names[0]} or {names[0]}.gz in it, in raw or in MNIST/raw; put the "
+        "original files there (nothing is downloaded)"
     )
 
 
@@ -166,4 +166,8 @@ def _unpickle(file: Path) -> dict[str, Any]:
         raise ImageError(file, f"cannot be read as a file of CIFAR ({error})") from None
     if not isinstance(content, dict):
         raise ImageError(file, f"holds a {type(content).__name__}, expected a dict")
-    return {key if isinstance(key, str) else key.decode("latin1"): value for key, value in content.items()}
+    return {_text(key): value for key, value in content.items()}
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode("latin1") if isinstance(name, bytes) else name

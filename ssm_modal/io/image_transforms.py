@@ -89,8 +89,8 @@ class ImagePreprocessing:
             raise ValueError(f"crop_pct is {self.crop_pct}, expected above 0 and at most 1")
         if self.interpolation not in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"):
             raise ValueError(
-                f"interpolation is {self.interpolation!r}, expected nearest, bilinear, bicubic, lanczos, box or "
-                "hamming"
+                f"interpolation is {self.interpolation!r}, expected nearest, bilinear, bicubic, lanczos, "
+                "box or hamming"
             )
 
     def evaluation(self) -> Transform:
@@ -108,8 +108,8 @@ class ImagePreprocessing:
         """Draws from Python's, numpy's and torch's global generators, as timm does."""
         if augment.auto_augment is not None and self.channels != 3:
             raise ValueError(
-                f"augment.auto_augment is {augment.auto_augment!r} with {self.channels} channel, expected None: "
-                "its policies are for colour"
+                f"augment.auto_augment is {augment.auto_augment!r} with {self.channels} channel, expected "
+                "None: its policies are for colour"
             )
         after = _create_transform(
             input_size=(self.channels, *self.size),
@@ -141,7 +141,7 @@ class ImagePreprocessing:
         return Compose([affine, after])
 
     def undo(self, image: Tensor) -> Tensor:
-        """(channels, height, width), normalised, to (height, width, channels) from 0 to 1, to be looked at."""
+        """(channels, height, width), normalised, to (height, width, channels) from 0 to 1, to look at."""
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return (image.float().cpu() * std[:, None, None] + mean[:, None, None]).clamp(0, 1).permute(1, 2, 0)
 

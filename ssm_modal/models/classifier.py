@@ -104,6 +104,16 @@ class SequenceClassifier(Model):
         Raises TypeError or ValueError for an input of a wrong dtype or shape or ids outside the vocabulary,
         and StateError for a state that does not fit or given to a model that has none.
         """
+        pooled, new = self._pool(x, state, seqs)
+        return self.head.logits(pooled), new
+
+    def features(self, x: Tensor, *, seqs: Sequences | Tensor | None = None) -> Tensor:
+        """What the head sees of each sequence, (batch or sequences, d_model); arguments as `forward`'s."""
+        return self.head.vectors(self._pool(x, None, seqs)[0])
+
+    def _pool(
+        self, x: Tensor, state: ClassifierState | None, seqs: Sequences | Tensor | None
+    ) -> tuple[PoolingState, ClassifierState | None]:
         seqs = self._check(x, state, seqs)
         vectors, steps, front = self.input(x, None if state is None else state.front, seqs=seqs)
         before = None if state is None else state.backbone
@@ -115,8 +125,7 @@ class SequenceClassifier(Model):
         else:
             hidden, after = self.backbone(vectors, before, seqs=steps)
         pooled = self.head.pool(hidden, None if state is None else state.pooled, seqs=steps)
-        logits = self.head.logits(pooled)
-        return logits, None if after is None else ClassifierState(front, after, pooled)
+        return pooled, None if after is None else ClassifierState(front, after, pooled)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -1,5 +1,5 @@
-"""Vision Mamba: against the published block in plain torch, positions, the published keys, and what timm asks of
-a registered model."""
+"""Vision Mamba: against the published block in plain torch, positions, the published keys, and what timm asks
+of a registered model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
+
+import timm
 
 import ssm_modal
 from ssm_modal.errors import CheckpointError, ConfigError
@@ -49,7 +51,7 @@ def image(model: VisionMamba, batch: int = 2, seed: int = 0) -> Tensor:
 def published_layout(
     depth: int, d: int, d_state: int, tokens: int, patch: int, classes: int
 ) -> dict[str, tuple]:
-    """Names and shapes of a published checkpoint (hustvl/Vim, vim/models_mamba.py and its mamba_simple.py)."""
+    """Names and shapes of a published checkpoint (hustvl/Vim: models_mamba.py, mamba_simple.py)."""
     inner, rank = 2 * d, -(-d // 16)
     shapes: dict[str, tuple] = {
         "cls_token": (1, 1, d),
@@ -386,7 +388,9 @@ def test_groups_for_weight_and_layer_decay() -> None:
 
 
 def test_saving_and_the_package_registry(tmp_path: Path) -> None:
-    model = ssm_modal.create_model("vim_mini", d_model=16, n_layers=2, d_state=4, scan_order="snake").eval()
+    model = ssm_modal.create_model(
+        "vim_mini", d_model=16, n_layers=2, d_state=4, scan_order="snake", drop_path_rate=0.1
+    ).eval()
     assert isinstance(model, VisionMamba)
     model.set_input_size((12, 16))
     model.save_pretrained(tmp_path)

@@ -38,6 +38,7 @@ class VisionMamba(Model, WideParameters):
 
     undecayed_parameters = ("cls_token", "pos_embed")
     config: VisionMambaConfig
+    _traits: dict[str, Any]  # what timm notes down of a model that it created
 
     def __init__(self, config: VisionMambaConfig) -> None:
         super().__init__()
@@ -71,8 +72,9 @@ class VisionMamba(Model, WideParameters):
         """Stochastic depth in the place of the blocks' dropout, from 0 in the first to `rate` in the last."""
         if rate == 0:
             return
-        for block, own in zip(self._blocks(), torch.linspace(0, rate, len(self.backbone.layers)).tolist()):
-            path = DropPath(own)
+        last = max(1, len(self.backbone.layers) - 1)
+        for i, block in enumerate(self._blocks()):
+            path = DropPath(rate * i / last)
             block.dropout = path if block.dropout is None else nn.Sequential(block.dropout, path)
 
     @torch.no_grad()
@@ -173,8 +175,8 @@ class VisionMamba(Model, WideParameters):
         elif size != config.image:
             raise ValueError(
                 f"VisionMamba: x is {size[0]} x {size[1]} pixels, expected img_size "
-                f"{config.image[0]} x {config.image[1]}; call set_input_size, or build the model with img_size= "
-                "or dynamic_img_size=True"
+                f"{config.image[0]} x {config.image[1]}; call set_input_size, or build the model with "
+                "img_size= or dynamic_img_size=True"
             )
 
     def _run(
@@ -218,7 +220,8 @@ class VisionMamba(Model, WideParameters):
             return_prefix_tokens: each entry is then (patches, class token (batch, 1, embed_dim)).
             norm: norm what is taken by the final norm.
             stop_early: run no block behind the last one taken.
-            output_fmt: "NCHW": (batch, embed_dim, rows, columns); "NLC": (batch, patches, embed_dim), by rows.
+            output_fmt: "NCHW": (batch, embed_dim, rows, columns); "NLC": (batch, patches,
+                embed_dim), by rows.
             intermediates_only: return the list alone, else (what `forward_features` gives, list).
         """
         if output_fmt not in ("NCHW", "NLC"):
@@ -283,7 +286,7 @@ class VisionMamba(Model, WideParameters):
         self.config = config
         for info in self.feature_info:
             info["reduction"] = max(config.patch)
-        if hasattr(self, "_traits"):  # what timm notes down of a model that it created
+        if hasattr(self, "_traits"):
             self._traits = {**self._traits, "img_size": config.image}
         self.mark_parameters()
 

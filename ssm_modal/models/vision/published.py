@@ -91,7 +91,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionMamba) -> d
                 found[name] = value
         if unknown:
             raise CheckpointError(
-                f"{len(unknown)} keys are none of a published Vision Mamba's: {', '.join(sorted(unknown)[:8])}"
+                f"{len(unknown)} keys are none of a published Vision Mamba's: "
+                + ", ".join(sorted(unknown)[:8])
             )
     table = found.get("pos_embed")
     if table is not None and table.shape[1] != model.pos_embed.shape[1]:
@@ -99,8 +100,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionMamba) -> d
         side = round((table.shape[1] - model.num_prefix_tokens) ** 0.5)
         if side * side + model.num_prefix_tokens != table.shape[1]:
             raise CheckpointError(
-                f"pos_embed holds {table.shape[1]} vectors, expected {model.pos_embed.shape[1]}, or those of a "
-                f"square image with class_token {config.class_token!r}"
+                f"pos_embed holds {table.shape[1]} vectors, expected {model.pos_embed.shape[1]}, or those of "
+                f"a square image with class_token {config.class_token!r}"
             )
         found["pos_embed"] = resample_positions(table, (side, side), config.grid, config.class_token)
     return found

@@ -47,7 +47,7 @@ def patch_order(order: str, grid: Grid) -> Tensor:
 
 
 def token_order(order: str, grid: Grid, slot: int | None) -> Tensor:
-    """`patch_order` over all tokens: a class token stands at `slot` of the sequence, in and out; None: none."""
+    """`patch_order` over all tokens: a class token stays at `slot` of the sequence; None: there is none."""
     patches = patch_order(order, grid)
     if slot is None:
         return patches
