@@ -20,6 +20,7 @@ from ssm_modal.models import (
     ModelConfig,
     SequenceClassifierConfig,
     SequenceCNNConfig,
+    VisionMambaConfig,
     model_config,
     register_model,
 )
@@ -181,7 +182,10 @@ def test_configs_go_to_json_and_back() -> None:
         (lambda d: d["backbone"]["mixer"][1].pop("type"), r"mixer.1: the key 'type' is missing"),
         (lambda d: d["backbone"].pop("d_model"), "backbone: the key 'd_model' is missing"),
         (lambda d: d["backbone"].update(d_model="8"), "backbone.d_model: got '8', expected an integer"),
-        (lambda d: d["backbone"].update(mlp=3), "backbone.mlp: got 3, expected MLPConfig or None"),
+        (
+            lambda d: d["backbone"].update(mlp=3),
+            "backbone.mlp: got 3, expected FeedForwardConfig or a list",
+        ),
         (lambda d: d.update(backbone=None), "backbone: expected a mapping"),
         (lambda d: d.update(type="mamba"), "unknown type 'mamba'"),
     ],
@@ -202,7 +206,7 @@ def test_overrides_short_dotted_and_nested() -> None:
     nested = model_config("mamba_lm", backbone={"n_layers": 3, "mixer": {"expand": 1}})
     assert nested.backbone == BackboneConfig(d_model=256, n_layers=3, mixer=MambaConfig(expand=1))  # type: ignore[attr-defined]
     other = model_config(
-        "mamba_lm", mixer={"type": "s4d", "init": "inv"}, d_state=9, mlp={"activation": "gelu"}
+        "mamba_lm", mixer={"type": "s4d", "init": "inv"}, d_state=9, mlp={"type": "mlp", "activation": "gelu"}
     )
     assert other.backbone.mixer == S4DConfig(init="inv", d_state=9)  # type: ignore[attr-defined]
     assert other.backbone.mlp == MLPConfig("gelu")  # type: ignore[attr-defined]
@@ -304,9 +308,17 @@ def test_every_registered_model_builds_and_runs_small(name: str) -> None:
         assert logits.shape == (1, 3)
         assert state is None
         return
+    if isinstance(config, VisionMambaConfig):
+        pytest.importorskip("timm")
+        vision = ssm_modal.create_model(name, n_classes=3, d_model=32, n_layers=2, img_size=32)
+        logits = vision(torch.randn(1, config.in_chans, 32, 32))
+        assert logits.shape == (1, 3)
+        assert torch.isfinite(logits).all()
+        return
     if isinstance(config, SequenceClassifierConfig):
         classifier = ssm_modal.create_model(name, n_classes=3, d_model=32, n_layers=2)
-        x = torch.tensor([[1, 2, 3]]) if config.input.type == "ids" else torch.randn(1, 40)
+        shape = (1, 40, config.input.channels) if config.input.type == "vectors" else (1, 40)
+        x = torch.tensor([[1, 2, 3]]) if config.input.type == "ids" else torch.randn(shape)
         logits, state = classifier(x)
         assert logits.shape == (1, 3)
         assert torch.isfinite(logits).all()
