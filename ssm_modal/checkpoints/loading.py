@@ -20,7 +20,13 @@ from ssm_modal.checkpoints.locate import locate
 from ssm_modal.checkpoints.room import DTYPES, check_dtype, check_room, stored_dtype
 from ssm_modal.checkpoints.weights import TensorWeights, Weights, open_weights, read_torch_file
 from ssm_modal.errors import CheckpointError, ConfigError
-from ssm_modal.layers.quantized import QUANTISATIONS, Quantisation, packed_bytes, quantizable, replace_by_packed
+from ssm_modal.layers.quantized import (
+    QUANTISATIONS,
+    Quantisation,
+    packed_bytes,
+    quantizable,
+    replace_by_packed,
+)
 from ssm_modal.layers.wide import WideParameters
 from ssm_modal.models.base import CONFIG_FILE, FORMAT, FORMAT_VERSION, Model, ModelConfig
 
@@ -85,7 +91,8 @@ def load_pretrained(
         raise ValueError(f"load_pretrained: part is {part!r}, expected None or 'backbone'")
     if quantize not in (None, *QUANTISATIONS):
         raise ValueError(
-            f"load_pretrained: quantize is {quantize!r}, expected None, {' or '.join(map(repr, QUANTISATIONS))}"
+            f"load_pretrained: quantize is {quantize!r}, expected None, "
+            f"{' or '.join(map(repr, QUANTISATIONS))}"
         )
     if quantize is not None and dtype == torch.float64:
         raise ValueError("load_pretrained: dtype is torch.float64, which cannot be quantised")
@@ -285,6 +292,11 @@ def _of_run(path: Path) -> Source:
     if not isinstance(hyper, Mapping) or not isinstance(data.get("state_dict"), Mapping):
         raise CheckpointError(
             f"{path} is no checkpoint of a training run: no state_dict or no hyper_parameters in it"
+        )
+    if "lora" in hyper:
+        raise CheckpointError(
+            f"{path} holds an adapter alone; load the model that it is for, {hyper.get('model')!r}, and then "
+            "ssm_modal.checkpoints.adapters.load_adapter(model, path) (--adapter on the command line)"
         )
     plain = hyper.get("model_config")
     if not isinstance(plain, Mapping):

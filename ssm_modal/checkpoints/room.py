@@ -91,7 +91,8 @@ def check_room(
     """Raise CheckpointError where `device` has too little free memory for `tensors` in `dtypes`.
 
     wide: the names of those that stay fp32. packed: what quantisation makes of those that it takes, in bytes
-    by name; quantize: the one that is asked for. The error says what is needed, what is there and what would fit.
+    by name; quantize: the one that is asked for. The error says what is needed, what is there and what would
+    fit.
     """
     free = free_memory(device)
     needed = bytes_of(tensors, dtypes, {} if quantize is None else packed[quantize])

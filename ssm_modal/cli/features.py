@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssm_modal.checkpoints import load_pretrained
 from ssm_modal.checkpoints.locate import locate
-from ssm_modal.cli.generate import find_device
+from ssm_modal.cli.language_model import find_device
 from ssm_modal.io.atomic import put_in_place, write_aside
 from ssm_modal.io.image_transforms import ImagePreprocessing, as_pixels, pixel_order
 from ssm_modal.io.images import ImageError, find_images, read_image

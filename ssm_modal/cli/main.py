@@ -21,6 +21,9 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model",
+    "chat": "talk with a model that was tuned to, through its tokenizer's chat template",
+    "evaluate": "measure a language model's perplexity on text files of any length",
+    "lm-eval": "run tasks of lm-evaluation-harness on a language model",
     "convert": "write a model in another format: this package's, transformers', state-spaces'",
     "memory": "print what registered models take: weights, state and KV cache by length",
     "explain": "show which input positions drove a model's decision",
@@ -89,7 +92,7 @@ def _dispatch(args: list[str]) -> int:
     if command in TRAINING:
         return _train(args)
     if command in BESIDE:
-        module = importlib.import_module(f"ssm_modal.cli.{command}")
+        module = importlib.import_module(f"ssm_modal.cli.{command.replace('-', '_')}")
         parser = argparse.ArgumentParser(f"ssm-modal {command}", description=BESIDE[command])
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(rest)))

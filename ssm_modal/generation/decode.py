@@ -115,7 +115,11 @@ class Decoder:
 
     def _capture(self) -> None:
         scratch = copy.copy(self)
-        scratch.state, scratch._tokens, scratch._at = self.state.clone(), self._tokens.clone(), self._at.clone()
+        scratch.state, scratch._tokens, scratch._at = (
+            self.state.clone(),
+            self._tokens.clone(),
+            self._at.clone(),
+        )
         scratch._taken = self._taken.clone()
         scratch.seen = None if self.seen is None else self.seen.clone()
         used = self._taken.device
@@ -124,8 +128,8 @@ class Decoder:
         except RuntimeError as error:
             # Nothing of the step ran. Such a model reads the device on the host, as odd widths of experts do.
             warnings.warn(
-                f"a decode step of this model cannot be a CUDA graph, so its kernels are launched one by one: "
-                f"{error}",
+                f"a decode step of this model cannot be a CUDA graph, so its kernels are launched one by "
+                f"one: {error}",
                 stacklevel=2,
             )
             self.fixed = False
@@ -138,9 +142,11 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def captured(step: Callable[[], None], warm_up: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`step` as a CUDA graph, which the returned function runs. warm_up: the same step on other buffers: first
-    launches compile kernels and make workspaces, which a recording may not."""
+def captured(
+    step: Callable[[], None], warm_up: Callable[[], None], device: torch.device
+) -> Callable[[], None]:
+    """`step` as a CUDA graph, which the returned function runs. warm_up: the same step on other buffers:
+    first launches compile kernels and make workspaces, which a recording may not."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -113,7 +113,7 @@ class _Run:
             for row, ids in enumerate(rows):
                 self.seen[row, ids[ids < self.limit]] = True
             self.seen = self.seen.to(self.device)
-        # Where something hangs on each token, the host looks at each; a row's state must not run past its end.
+        # Where something hangs on each token, the host looks at each; no row's state may run past its end.
         told = on_token is not None or on_text is not None or bool(config.stop)
         self.one_by_one = told or (return_states and self.eos_id is not None)
 
@@ -184,5 +184,3 @@ class _Run:
     def _emit(self, row: int, text: str) -> None:
         if text and self.on_text is not None:
             self.on_text(row, text)
-
-

@@ -47,7 +47,7 @@ def save_state(model: nn.Module, state: State, path: str | os.PathLike[str]) -> 
 def load_state(
     model: Any, path: str | os.PathLike[str], *, device: torch.device | str | None = None
 ) -> State:
-    """The state in the file `path`, on `device` (None: the model's), to go on from by `generate(..., state=)`.
+    """The state in the file `path`, on `device` (None: the model's), for `generate(..., state=)`.
 
     `state.select([0, 0, 0])` forks it. Raises FileNotFoundError, CheckpointError for a file that is no saved
     state or is cut short, StateError for the state of a model of other weights or another architecture.
@@ -64,8 +64,8 @@ def load_state(
             own = model_fingerprint(model)
             if about.get("model") != own:
                 raise StateError(
-                    f"{file} is the state of another model: its fingerprint is {about.get('model')}, expected "
-                    f"{own}; a state serves only the weights that made it"
+                    f"{file} is the state of another model: its fingerprint is {about.get('model')}, "
+                    f"expected {own}; a state serves only the weights that made it"
                 )
             template = model.init_state(int(about["rows"]), device="meta")
             plain = about["plain"]
@@ -126,9 +126,7 @@ def _rebuilt(value: Any, name: str, read: Callable[[str, Any], Any]) -> Any:
     """`value` with read(path, leaf) in place of every leaf."""
     if isinstance(value, State):
         fields = [field.name for field in dataclasses.fields(value)]
-        changed = {
-            f: _rebuilt(getattr(value, f), f"{name}.{f}" if name else f, read) for f in fields
-        }
+        changed = {f: _rebuilt(getattr(value, f), f"{name}.{f}" if name else f, read) for f in fields}
         return dataclasses.replace(value, **changed)
     if isinstance(value, tuple):
         return tuple(_rebuilt(part, f"{name}.{i}", read) for i, part in enumerate(value))

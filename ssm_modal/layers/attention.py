@@ -76,7 +76,9 @@ class AttentionState(State):
         return self.key.shape[2]
 
     def reserve(self, steps: int) -> AttentionState:
-        return replace(self, key=_grown(self.key, self.used + steps), value=_grown(self.value, self.used + steps))
+        return replace(
+            self, key=_grown(self.key, self.used + steps), value=_grown(self.value, self.used + steps)
+        )
 
     def advance_(self, steps: int) -> None:
         object.__setattr__(self, "used", self.used + steps)
@@ -139,8 +141,8 @@ class Attention(Mixer):
     ) -> tuple[Tensor, AttentionState | None]:
         q, k, v = projected
         if state is not None and self.config.causal and not reverse:
-            y, new = self._read_on(q, k, v, state, seqs)
-            return y, new if return_state else None
+            y, after = self._read_on(q, k, v, state, seqs)
+            return y, after if return_state else None
         rows = None
         if seqs is not None:
             # One padded row a sequence, the layout the cache has; padding stands behind every sequence.
@@ -282,7 +284,9 @@ class Attention(Mixer):
         before = state.lengths.tolist()
         if len({*zip(before, lengths)}) == 1:
             last = before[0] + lengths[0]
-            y = self._lower_right(q.unflatten(0, (len(lengths), lengths[0])), key[:, :, :last], value[:, :, :last])
+            y = self._lower_right(
+                q.unflatten(0, (len(lengths), lengths[0])), key[:, :, :last], value[:, :, :last]
+            )
             return y.reshape(batch, length, -1), new
         for row, (old, n) in enumerate(zip(before, lengths)):
             own = (slice(row, row + 1), slice(None), slice(old + n))

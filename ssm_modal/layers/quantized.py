@@ -117,8 +117,8 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedExperts(nn.Module):
-    """`Experts` with both stacks packed. With few rows the experts that serve them are unpacked, a copy a row;
-    with more, one expert after the other, which reads `ends` on the host."""
+    """`Experts` with both stacks packed. With few rows the experts that serve them are unpacked, a copy a
+    row; with more, one expert after the other, which reads `ends` on the host."""
 
     def __init__(self, gate_up_proj: PackedWeight, out_proj: PackedWeight) -> None:
         super().__init__()
@@ -147,8 +147,10 @@ def _gated(gate_up: Tensor) -> Tensor:
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of `model`'s backbone that quantisation replaces, with their names: linear layers and experts
-    whose inputs are a multiple of 64 wide. Embedding, head, norms, routers and what makes dt, B and C stay."""
+    """The layers of `model`'s backbone that quantisation replaces, with their names.
+
+    These are linear layers and experts whose inputs are a multiple of 64 wide. Embedding, head, norms,
+    routers and what makes dt, B and C stay."""
     for name, module in model.named_modules():
         if "backbone" not in name.split(".") and hasattr(model, "backbone"):
             continue
@@ -167,7 +169,7 @@ def replace_by_packed(
     dtypes: of the dense weights, by name. Returns the packed weights under the names of the dense ones.
     """
     _bitsandbytes()
-    places = {}
+    places: dict[str, PackedWeight] = {}
     for name, module in list(quantizable(model)):
         weights = dict(module.named_parameters(recurse=False))
         bias = weights.pop("bias", None)

@@ -52,8 +52,8 @@ class Model(nn.Module):
         """Write config.json and model.safetensors into `folder`, made if needed.
 
         Each file is written whole under a temporary name and then renamed, so that a full disk or a kill
-        leaves what was there. A weight used in two places is stored once. Nothing is pickled. Raises ValueError
-        for a model with quantised weights.
+        leaves what was there. A weight used in two places is stored once. Nothing is pickled. Raises
+        ValueError for a model with quantised weights.
         """
         check_dense(self)
         target = Path(folder)
@@ -77,8 +77,8 @@ def check_dense(model: nn.Module) -> None:
     """Raise ValueError for a model with quantised weights, which no format here has a place for."""
     if is_quantized(model):
         raise ValueError(
-            "the model's weights are quantised, which is done in loading and not written; save the model that "
-            "they were quantised from"
+            "the model's weights are quantised, which is done in loading and not written; save the model "
+            "that they were quantised from"
         )
 
 
