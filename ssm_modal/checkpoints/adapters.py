@@ -55,8 +55,8 @@ def add_lora(model: nn.Module, settings: LoraSettings | None = None) -> Any:
     """Put an adapter on the projections of `model`, in place; everything else stops training.
 
     It starts as no change: B is zero. Weights packed in 8 or 4 bits are adapted too (QLoRA, arXiv
-    2305.14314); packed experts are not. Returns peft's `LoraConfig`. Raises ValueError for targets that are not there, for
-    dropout with experts, and for a model that has an adapter.
+    2305.14314); packed experts are not. Returns peft's `LoraConfig`. Raises ValueError for targets that
+    are not there, for dropout with experts, and for a model that has an adapter.
     """
     settings = settings or LoraSettings()
     found = dict.fromkeys(name for name, _ in _targets(model))
@@ -108,9 +108,9 @@ def adapted(model: nn.Module) -> bool:
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's weights under the names peft's files have."""
-    own = _peft().get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
-    if not own:
+    if not adapted(model):
         raise ValueError("the model has no adapter; add_lora(model) puts one on")
+    own = _peft().get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     return {PREFIX + name: tensor.detach() for name, tensor in own.items()}
 
 
