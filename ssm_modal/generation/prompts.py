@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssm_modal.errors import StateError
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers.mamba import keep_A
 from ssm_modal.state import State
 
 
@@ -120,11 +121,12 @@ def device_of(model: Any) -> torch.device:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, for as long as it takes; each module gets back the mode it had."""
+    """Evaluation mode with constant weights meanwhile; each module gets back the mode that it had."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with keep_A(model):
+            yield
     finally:
         for module in training:
             module.training = True
