@@ -6,7 +6,6 @@ import math
 import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +20,10 @@ from ssm_modal.cli.logged_steps import logs_this_step
 from ssm_modal.errors import CheckpointError
 from ssm_modal.heads.chunked_loss import IGNORE
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.tasks.graphed import GraphedStep
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
 from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
+from ssm_modal.tasks.step_output import StepOutput
 
 try:
     from lightning.pytorch import LightningModule
@@ -35,19 +36,6 @@ DEFAULT_SCHEDULE = ScheduleConfig()
 Recompute = Literal["none", "blocks"]
 
 _CHECKPOINT_KEY = "ssm_modal"
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What one batch gives: sums and counts, so that means over batches and processes are exact.
-
-    loss: () the summed loss over the batch's targets, in nats. count: () the number of targets.
-    sums: further metrics, each name to ((), ()): its sum over the batch and what to divide by.
-    """
-
-    loss: Tensor
-    count: Tensor
-    sums: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,6 +109,7 @@ class TrainingTask(LightningModule):
         if recompute == "blocks":
             self._backbone("recompute").gradient_checkpointing = True
         self._totals: dict[str, Tensor] = {}
+        self._graphed: GraphedStep | None = None
 
     # ------------------------------------------------------------------ what a task writes
 
@@ -224,7 +213,7 @@ class TrainingTask(LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The mean loss over the targets of all processes' batches."""
-        out = self.step(batch, "train")
+        out = self._train_step(batch)
         totals = torch.stack([out.loss.detach().double(), out.count.double()])
         world = int(self.trainer.world_size)
         if world > 1:
@@ -236,6 +225,22 @@ class TrainingTask(LightningModule):
         if logs_this_step(self.trainer):
             self.log("train/loss", (totals[0] / count).float(), prog_bar=True)
         return loss
+
+    def _train_step(self, batch: Mapping[str, Any]) -> StepOutput:
+        return self.step(batch, "train") if self._graphed is None else self._graphed(batch)
+
+    def train_by_graphs(self, most: int) -> None:
+        """From now on forward and backward of a training step are one CUDA graph for each kind of batch.
+
+        most: kinds that may be recorded; see `GraphedStep`.
+        """
+        self._graphed = GraphedStep(
+            lambda batch: self.step(batch, "train"), list(self.parameters()), most=most
+        )
+
+    def train_eagerly(self) -> None:
+        """Training steps run one kernel at a time again; what was recorded is let go."""
+        self._graphed = None
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         if logs_this_step(self.trainer):

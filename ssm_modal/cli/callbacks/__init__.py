@@ -2,7 +2,8 @@
 
 from ssm_modal.cli.callbacks.averaging import WeightAverage
 from ssm_modal.cli.callbacks.checkpointing import RunCheckpoint
+from ssm_modal.cli.callbacks.graphs import CudaGraphs
 from ssm_modal.cli.callbacks.nonfinite import NonFiniteError, StopOnNonFinite
 from ssm_modal.cli.callbacks.progress import Progress
 
-__all__ = ["NonFiniteError", "Progress", "RunCheckpoint", "StopOnNonFinite", "WeightAverage"]
+__all__ = ["CudaGraphs", "NonFiniteError", "Progress", "RunCheckpoint", "StopOnNonFinite", "WeightAverage"]
