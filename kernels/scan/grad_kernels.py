@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssm_modal.kernels.scan.channel_sum import SHARED_APART, add_channels, flush_channels, sum_places
+from ssm_modal.kernels.scan.channel_sum import SHARED_APART, add_channels, flush_channels, sum_place
 from ssm_modal.kernels.scan.keeping import (
     fetch_tile,
     keep_place,
@@ -165,7 +165,7 @@ def grad_kernel(
     if not KEPT:
         slots += STEPS
     scratch_ptr += pid.to(tl.int64) * slots * (BLOCK_D * BLOCK_N)
-    places, flags = sum_places(n, lane, d_state, padded_state, HELD, BLOCK_N, BLOCK_D)
+    place = sum_place(HELD, BLOCK_N, BLOCK_D)
     staged_b = stage_base(RESERVE)
     staged_c = staged_b + STAGE * BLOCK_N * 4
     TILE: tl.constexpr = BLOCK_N * BLOCK_D * 4
@@ -259,7 +259,7 @@ def grad_kernel(
             _, d_again, _ = channel_block(again(block), group_channels, blocks_per_group, BLOCK_D, FULL_D)
             chunk_again = again(chunk_index).to(tl.int64)
             g = tl.load(
-                grads_ptr + chunk_again * size + state_tile(n, d_again, d_inner), mask=mask, other=0.0
+                grads_ptr + chunk_again * size + state_tile(n, d_again, again(d_inner)), mask=mask, other=0.0
             )
             skip = tl.zeros([BLOCK_D], tl.float32)
             if skip_ptr is not None:
@@ -387,7 +387,7 @@ def grad_kernel(
                         g += c * dy[None, :]
                         add_channels(
                             sums_row + at.to(tl.int64) * sums_time, padded_state, g * (dt * u)[None, :],
-                            h * dy[None, :], n, lane, mask_n, places, flags,
+                            h * dy[None, :], n, lane, mask_n, place,
                             shared_sums + j * 2 * SHARED_APART, SUMS, SUMS_CONSTRAINTS, ADD, ADD_CONSTRAINTS,
                             HELD, BLOCK_N, BLOCK_D,
                         )  # fmt: skip
@@ -419,10 +419,13 @@ def grad_kernel(
             if COPIED or KEPT:
                 copies_wait(0)
             # Kept over the loops, the addresses of the tile would take two registers a state.
-            _, d_again, _ = channel_block(again(block), group_channels, blocks_per_group, BLOCK_D, FULL_D)
+            _, d_again, mask_again = channel_block(
+                again(block), group_channels, blocks_per_group, BLOCK_D, FULL_D
+            )
             chunk_again = again(chunk_index).to(tl.int64)
-            tl.store(grads_ptr + chunk_again * size + state_tile(n, d_again, d_inner), da, mask=mask)
+            tile = state_tile(n, d_again, again(d_inner))
+            tl.store(grads_ptr + chunk_again * size + tile, da, mask=mask_n[:, None] & mask_again[None, :])
             if dskip_ptr is not None:
-                tl.store(dskip_ptr + chunk_again * d_inner + d, dskip, mask=mask_d)
+                tl.store(dskip_ptr + chunk_again * d_inner + d_again, dskip, mask=mask_again)
             if dbias_ptr is not None:
-                tl.store(dbias_ptr + chunk_again * d_inner + d, dbias, mask=mask_d)
+                tl.store(dbias_ptr + chunk_again * d_inner + d_again, dbias, mask=mask_again)
