@@ -151,7 +151,14 @@ def assembly(block_n: int, block_d: int, split: bool, shared: bool, vectors: boo
         sums=_block(lines),
         sums_constraints=",".join(["=f"] * states + ["f"] * (2 * states) + ["r"] * states),
         add=" ".join(
-            _added(states, 2 * states, held, min(held, states), vectors, 4 * memory_states(block_n))
+            _added(
+                states,
+                2 * states,
+                held,
+                min(held, 4 if block_d >= 4 else states),
+                vectors,
+                4 * memory_states(block_n),
+            )
             + [f"mov.u32 ${i}, 0;" for i in range(states)]
         ),
         add_constraints=",".join(["=r"] * states + ["f"] * states + ["l"] * states),
