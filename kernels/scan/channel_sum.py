@@ -282,7 +282,7 @@ def in_order(sums: Tensor, block: int) -> Tensor:
     block: channels of a tile.
     """
     share = WARP // block
-    if share == 1:
+    if share == 1 or sums.shape[-1] <= share:
         return sums
     return sums.unflatten(-1, (share, -1)).transpose(-1, -2).flatten(-2)
 
@@ -313,7 +313,9 @@ def add_channels(
     """
     if SUMS is None:
         Q: tl.constexpr = 32 // BLOCK_D
-        to = n % Q * (BLOCK_N // Q) + n // Q
+        to = n
+        if BLOCK_N > Q:
+            to = n % Q * (BLOCK_N // Q) + n // Q
         tl.atomic_add(row + to, tl.sum(x, axis=1), mask=mask_n, sem="relaxed")
         tl.atomic_add(row + plane + to, tl.sum(y, axis=1), mask=mask_n, sem="relaxed")
     elif HELD == 0:

@@ -222,7 +222,7 @@ def grad_kernel(
             for stage in range(0, trips(count), STAGE):
                 stage_rows(
                     staged_b, b_row, c_row, stage, count, step, b_time, c_time, d_state, BRING, BROUGHT, WIDE,
-                    STAGE, BLOCK_N, BLOCK_D,
+                    STAGE, BLOCK_N, BLOCK_D, STAGE,
                 )  # fmt: skip
                 for first in range(stage, trips(tl.minimum(stage + STAGE, count)), STEPS):
                     here = rows + (first // STEPS % 2) * (4 * ROWS)
@@ -312,7 +312,7 @@ def grad_kernel(
                 if STAGE < CHUNK and stage_back > 0:
                     stage_rows(
                         staged_b, b_row, c_row, stage, count, step, b_time, c_time, d_state, BRING, BROUGHT,
-                        WIDE, STAGE, BLOCK_N, BLOCK_D,
+                        WIDE, STAGE, BLOCK_N, BLOCK_D, -STAGE,
                     )  # fmt: skip
                 subs_here = (tl.minimum(STAGE, count - stage) + STEPS - 1) // STEPS
                 for back in range(trips(subs_here)):

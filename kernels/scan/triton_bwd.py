@@ -261,7 +261,7 @@ def selective_scan_bwd(
         **options,
     )
     both = partial[0] if partials == 1 else partial.sum(0)
-    both = in_order(both, launch.block)[..., :d_state]
+    both = in_order(both[..., : padded_state(d_state)], launch.block)[..., :d_state]
     return (
         du,
         ddelta,
