@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps) if config.mlp is not None else None
         self.mlp = MLP(config.d_model, config.mlp) if config.mlp is not None else None
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
+        self.dropout: nn.Module | None = nn.Dropout(config.dropout) if config.dropout else None
 
     def residual_weights(self) -> Iterator[Tensor]:
         """The weights of the Linears whose output is added to the stream."""

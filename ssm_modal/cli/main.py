@@ -22,6 +22,7 @@ TRAINING = {
 BESIDE = {
     "generate": "continue a text with a trained model",
     "explain": "show which input positions drove a model's decision",
+    "features": "write what a trained classifier of images makes of them, a vector an image, to safetensors",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
 }

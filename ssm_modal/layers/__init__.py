@@ -4,7 +4,13 @@ bidirectional); MLP and RMSNorm."""
 from ssm_modal.layers.attention import Attention, AttentionConfig, AttentionState
 from ssm_modal.layers.bidirectional import Bidirectional, BidirectionalConfig
 from ssm_modal.layers.config import Config
-from ssm_modal.layers.inputs import IdsConfig, InputConfig, StridedWaveformConfig, WaveformConfig
+from ssm_modal.layers.inputs import (
+    IdsConfig,
+    InputConfig,
+    StridedWaveformConfig,
+    VectorsConfig,
+    WaveformConfig,
+)
 from ssm_modal.layers.mamba import Mamba, MambaConfig, MambaState
 from ssm_modal.layers.mixer import Mixer, MixerConfig, build_mixer
 from ssm_modal.layers.mlp import MLP, MLPConfig
@@ -32,6 +38,7 @@ __all__ = [
     "S4DConfig",
     "S4DState",
     "StridedWaveformConfig",
+    "VectorsConfig",
     "WaveformConfig",
     "build_mixer",
 ]
