@@ -353,3 +353,42 @@ def test_files(tmp_path: Path) -> None:
     assert image.table() == "row,column,relevance\n0,0,1\n0,1,2\n"
     with pytest.raises(ValueError, match="labels has 1 entries, expected 2"):
         found.table(0, ["a"])
+
+
+def layer_input(model: nn.Module, layer: int, inputs: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    handle = mixing_layers(model)[layer].register_forward_hook(lambda m, args, out: kept.append(args[0]))
+    with torch.no_grad():
+        model(inputs)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("order", ["row", "column", "snake", "cross"])
+@pytest.mark.parametrize("token", ["middle", "none"])
+def test_rows_of_vision_mamba_lie_where_their_patches_are(order: str, token: str) -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    options = {"img_size": [4, 6], "patch_size": 2, "d_model": 8, "n_layers": 2, "d_state": 4, "in_chans": 1}
+    model = ssm_modal.create_model("vim_mini", class_token=token, scan_order=order, **options).double().eval()
+    image = torch.rand(1, 1, 4, 6, dtype=FP64)
+    assert attribute(model, image).relevance.shape == image[:, 0].shape
+    for layer in (0, 1):
+        found = attribute(model, image, method="hidden_attention", layer=layer)
+        assert found.relevance.shape == (1, 2, 3)
+        assert found.positions is not None
+        position = int(found.positions[0])
+        if token == "middle" and layer == 1:
+            assert position == 3  # of 6 patches and the class token
+        # The layer's own row, its tokens put back by hand.
+        x = layer_input(model, layer, image)
+        row = hidden_attention_row(mixing_layers(model)[layer], x, position).total[0].tolist()
+        if token == "middle":
+            del row[3]
+        numbers = {
+            "row": [0, 1, 2, 3, 4, 5],
+            "column": [0, 3, 1, 4, 2, 5],
+            "snake": [0, 1, 2, 5, 4, 3],
+        }[("row", "column")[layer] if order == "cross" else order]
+        for number, value in zip(numbers, row):
+            assert float(found.relevance[0].flatten()[number]) == pytest.approx(value)
