@@ -6,15 +6,14 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ssm_modal.datamodules.image_sources import Sample
 from ssm_modal.datamodules.resumable import derived_generator, derived_seed, global_rows
-from ssm_modal.io.image_arrays import ImageArray
 from ssm_modal.io.image_transforms import (
     ImageAugmentation,
     ImagePreprocessing,
@@ -22,36 +21,9 @@ from ssm_modal.io.image_transforms import (
     as_pixels,
     pixel_order,
 )
-from ssm_modal.io.images import read_image
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Layout = Literal["images", "pixels"]
 _UNKNOWN = -100
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image: a file, or image `number` of an array. label: the name of its class, None where not known."""
-
-    label: str | None
-    source: Path | ImageArray
-    number: int = 0
-
-    @property
-    def name(self) -> str:
-        """The file, or the file of the array and the place in it."""
-        return str(self.source) if isinstance(self.source, Path) else f"{self.source.source}[{self.number}]"
-
-    def read(self, channels: int) -> Image:
-        """The image, grey or RGB, as `read_image` does."""
-        if isinstance(self.source, Path):
-            return read_image(self.source, channels)
-        from PIL import Image
-
-        image = Image.fromarray(self.source.images[self.number].contiguous().numpy())
-        return image.convert("L" if channels == 1 else "RGB")
 
 
 @dataclass

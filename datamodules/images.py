@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ssm_modal.datamodules.image_batches import ImageBatches, Layout, Sample
+from ssm_modal.datamodules.image_batches import ImageBatches, Layout
+from ssm_modal.datamodules.image_sources import PUBLISHED, Sample, folder_images, published_images
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
-from ssm_modal.io.image_arrays import ImageArray, read_cifar, read_mnist
 from ssm_modal.io.image_transforms import ImageAugmentation, ImagePreprocessing, as_pixels, pixel_order
-from ssm_modal.io.images import IMAGE_SUFFIXES, ImageError, ImageFile, find_images, read_image
+from ssm_modal.io.images import IMAGE_SUFFIXES
 from ssm_modal.io.left_out import write_left_out
-from ssm_modal.io.recordings import SPLITS, LeftOut, Recording, assign_splits
-from ssm_modal.io.text import expand_path
+from ssm_modal.io.recordings import SPLITS, LeftOut
 from ssm_modal.plots import draw_image, draw_image_relevance
 
 if TYPE_CHECKING:
@@ -337,96 +335,20 @@ class ImageDataModule(pl.LightningDataModule):
     def _prepare(self) -> dict[str, list[Sample]]:
         if self._samples is not None:
             return self._samples
-        self._left_out = []
-        if self.source in ("mnist", "cifar10", "cifar100"):
-            self._samples = self._published()
+        if self.source in PUBLISHED:
+            found = published_images(self.path, self.source, self.val_images)
         else:
-            self._samples = self._from_files()
-        return self._samples
-
-    def _published(self) -> dict[str, list[Sample]]:
-        def read(split: str) -> ImageArray:
-            return (
-                read_mnist(self.path, split)
-                if self.source == "mnist"
-                else read_cifar(self.path, self.source, split)
+            found = folder_images(
+                self.path,
+                self.source,
+                val_fraction=self.val_fraction,
+                test_fraction=self.test_fraction,
+                suffixes=self.suffixes,
+                channels=self.channels if self.check_images else None,
+                skip_bad=self.skip_bad,
+                any_label=self.predict == "all",
             )
-
-        train, test = read("train"), read("test")
-        if self.val_images >= len(train):
-            raise ValueError(
-                f"val_images is {self.val_images}, expected fewer than the {len(train)} training images"
-            )
-        self._classes = train.classes
-        both = [Sample(train.classes[int(n)], train, i) for i, n in enumerate(train.labels)]
-        border = len(both) - self.val_images
-        return {
-            "train": both[:border],
-            "validation": both[border:],
-            "test": [Sample(test.classes[int(n)], test, i) for i, n in enumerate(test.labels)],
-        }
-
-    def _from_files(self) -> dict[str, list[Sample]]:
-        root = expand_path(self.path)
-        if self.source == "imagenet":
-            for name in ("train", "val"):
-                if not (root / name).is_dir():
-                    raise FileNotFoundError(
-                        f'path is {str(root)!r} with source "imagenet": no folder {name} in it'
-                    )
-        labels: Literal["folder", "none"] = "none" if self.source == "unlabelled" else "folder"
-        found = find_images(self.path, labels, suffixes=self.suffixes, skip_bad=self.skip_bad)
-        self._left_out += found.left_out
-        files = [one for one in found.files if self._fit(one)]
-        known = "test" if labels == "none" else None  # what has no label is predicted, in its order
+        self._classes, self._left_out = found.classes, found.left_out
         warn_left_out(self._left_out, "files or folders")
-        split = assign_splits(
-            [Recording(one.path, one.label, one.split or known) for one in files],
-            self.val_fraction,
-            self.test_fraction,
-        )
-        names = _imagenet_names(root) if self.source == "imagenet" else {}
-        folders = sorted({one.label for one in split if one.label is not None})
-        shown = {label: names.get(label, label) for label in folders}
-        if len(set(shown.values())) < len(shown):  # two folders of one name, as ImageNet's cranes are
-            shown = {label: f"{name} ({label})" if name != label else label for label, name in shown.items()}
-        self._classes = tuple(shown[label] for label in folders)
-        self._check_classes([one for one in split if one.label is not None], shown)
-        out: dict[str, list[Sample]] = {name: [] for name in SPLITS}
-        for one in split:
-            out[str(one.split)].append(Sample(None if one.label is None else shown[one.label], one.path))
-        return out
-
-    def _check_classes(self, files: Sequence[Recording], shown: dict[str, str]) -> None:
-        """A class of an already split folder that training has not cannot be learnt."""
-        train = {one.label for one in files if one.split == "train"}
-        for one in files:
-            if train and one.label not in train and self.predict == "test":
-                raise ImageError(
-                    one.path.parent,
-                    f"no training image has the label {shown[str(one.label)]!r}, expected one",
-                )
-
-    def _fit(self, one: ImageFile) -> bool:
-        """Whether the file can be read; raises where it cannot and `skip_bad` is off."""
-        if not self.check_images:
-            return True
-        try:
-            read_image(one.path, self.channels)
-        except ImageError as error:
-            if not self.skip_bad:
-                raise
-            self._left_out.append(LeftOut(error.path, error.problem))
-            return False
-        return True
-
-
-def _imagenet_names(root: Path) -> dict[str, str]:
-    """The first name of each WordNet id in torchvision's `meta.bin`; empty where that is not there."""
-    file = root / "meta.bin"
-    if not file.is_file():
-        return {}
-    names, _ = torch.load(file, weights_only=True)
-    return {
-        wnid: words[0] if isinstance(words, (tuple, list)) else str(words) for wnid, words in names.items()
-    }
+        self._samples = found.samples
+        return self._samples

@@ -15,7 +15,7 @@ from ssm_modal.attribution.hidden_attention import CHANNELS
 from ssm_modal.attribution.result import METHODS
 from ssm_modal.checkpoints import load_pretrained
 from ssm_modal.cli.explain_inputs import Explained, read_input, stored_data
-from ssm_modal.cli.generate import pick_device
+from ssm_modal.cli.generate import find_device
 from ssm_modal.errors import nearest
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.text import expand_path
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what the options say; returns 0, or raises the error that says what is wrong with them."""
     if (args.input is None) == (args.text is None):
         raise ValueError("give what is to be explained: either --input FILE or --text TEXT")
-    device = pick_device(args.device)
+    device = find_device(args.device)
     place = str(expand_path(args.model, "--model"))
     model = load_pretrained(place, device=device)
     data = stored_data(place)

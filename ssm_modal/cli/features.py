@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssm_modal.checkpoints import load_pretrained
-from ssm_modal.cli.generate import pick_device
+from ssm_modal.cli.generate import find_device
 from ssm_modal.cli.image_inputs import ImageInput, image_input
 from ssm_modal.io.atomic import put_in_place, write_aside
 from ssm_modal.io.images import ImageError, find_images
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
     place = expand_path(args.model, "--model")
-    model: Any = load_pretrained(place, device=pick_device(args.device))
+    model: Any = load_pretrained(place, device=find_device(args.device))
     about = image_input(model, place, args.mean, args.std)
     files = find_images(args.images, "none").files
     done, vectors, left_out = _features(model, [one.path for one in files], about, args)

@@ -66,14 +66,16 @@ class WaveformConfig(InputConfig):
 @dataclass(frozen=True)
 class VectorsConfig(InputConfig):
     """Vectors of `channels` numbers, each on its own through a Linear: a pixel is one, with a channel a
-    colour."""
+    colour. positions: None, or steps of which each has a learned vector, added to what stands there; the
+    longest sequence then, and the model must need whole sequences."""
 
     type: ClassVar[str] = "vectors"
     channels: int = 1
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("VectorsConfig", channels=self.channels)
+        check_positive("VectorsConfig", channels=self.channels, positions=self.positions)
 
     def build(self, d_model: int) -> VectorsInput:
         return VectorsInput(d_model, self)
@@ -183,13 +185,26 @@ class VectorsInput(InputLayer):
         self.config = config
         self.channels = config.channels
         self.proj = nn.Linear(config.channels, d_model)
+        self.positions = None if config.positions is None else nn.Embedding(config.positions, d_model)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(
         self, x: Tensor, state: StridedState | None = None, *, seqs: Sequences | None = None
     ) -> tuple[Tensor, Sequences | None, None]:
         if not x.is_floating_point():
             raise TypeError(f"{type(self).__name__}: x has dtype {x.dtype}, expected a floating one")
-        return self.proj(x.to(self.proj.weight.dtype)), seqs, None
+        vectors = self.proj(x.to(self.proj.weight.dtype))
+        if self.positions is None:
+            return vectors, seqs, None
+        lengths = [x.shape[1]] if seqs is None else seqs.lengths
+        if max(lengths, default=0) > self.positions.num_embeddings:
+            raise ValueError(
+                f"{type(self).__name__}: x has {max(lengths)} steps, expected at most "
+                f"{self.positions.num_embeddings}, the positions"
+            )
+        own = [self.positions.weight[:n] for n in lengths]
+        return vectors + torch.cat(own).to(vectors.dtype), seqs, None
 
 
 class StridedWaveformInput(InputLayer):

@@ -46,6 +46,12 @@ class SequenceClassifierConfig(ModelConfig):
                 f"{name}: pooling is 'last' with a backbone that is not causal, expected 'mean' or 'max'"
             )
 
+        if getattr(self.input, "positions", None) is not None and self.causal:
+            raise ConfigError(
+                f"{name}: input.positions is set with a causal backbone, whose chunks do not know where they "
+                "stand, expected None or a bidirectional one"
+            )
+
     @property
     def causal(self) -> bool:
         """Whether no layer sees the future."""

@@ -187,6 +187,11 @@ def test_a_label_that_training_has_not(tmp_path: Path) -> None:
     write_folder(tmp_path / "val", ("cat", "emu"), each=2)
     with pytest.raises(ImageError, match=r"val/emu: no training image has the label 'emu', expected one"):
         folder(tmp_path).classes  # noqa: B018
+    data = folder(tmp_path, skip_bad=True)
+    assert data.classes == ("cat", "dog")
+    assert [s.label for s in data.samples("validation")] == ["cat", "cat"]
+    assert [one.reason[:40] for one in data.left_out] == ["no training image has the label 'emu', e"] * 2
+    assert folder(tmp_path, predict="all").classes == ("cat", "dog", "emu")
 
 
 def test_a_checkpoint_of_another_input_is_refused(tmp_path: Path) -> None:

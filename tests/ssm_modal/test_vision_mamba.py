@@ -434,3 +434,28 @@ def test_errors_name_the_argument() -> None:
         model.set_input_size(30)
     assert model.config.image == (28, 28)
     assert isinstance(model.config, VisionMambaConfig)
+
+
+def test_timm_loads_a_published_file(tmp_path: Path) -> None:
+    weights = made_checkpoint(published_layout(2, 16, 4, 50, 4, 7), torch.float32)
+    torch.save({"model": weights, "epoch": 3}, tmp_path / "vim.pth")
+    options = {**SMALL, "img_size": 20, "num_classes": 7}
+    overlay = {"file": str(tmp_path / "vim.pth"), "num_classes": 7}
+    model = timm.create_model(
+        "vim_mini_patch4_32", pretrained=True, pretrained_cfg_overlay=overlay, **options
+    )
+    assert torch.equal(model.backbone.layers[1].mixer.backwards.A_log, weights["layers.1.mixer.A_b_log"])
+    torch.testing.assert_close(
+        model.pos_embed, resample_positions(weights["pos_embed"], (7, 7), (5, 5), "middle")
+    )
+    # Another number of classes and of channels: the head is new, the patches' weights are summed, by timm.
+    other = timm.create_model(
+        "vim_mini_patch4_32",
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        **{**options, "num_classes": 3, "in_chans": 1},
+    )
+    assert other.head.weight.shape == (3, 16)
+    torch.testing.assert_close(
+        other.patch_embed.proj.weight, weights["patch_embed.proj.weight"].sum(1, keepdim=True)
+    )
