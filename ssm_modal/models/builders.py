@@ -1,4 +1,4 @@
-"""The registered models: numbers only.
+"""The registered models that are none of the published ones: numbers only.
 
 `mamba_lm`, `s4d_lm` and `transformer_lm` are small models to be sized by overrides. They compare at the same
 d_model and about the same parameters: a Mamba layer and an S4D layer have about 6 d_model^2 weights, a
@@ -6,6 +6,8 @@ Transformer block (attention 4 d_model^2, MLP 8 d_model^2) twice that, so it tak
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ssm_modal.backbone import BackboneConfig
 from ssm_modal.layers import (
@@ -15,14 +17,18 @@ from ssm_modal.layers import (
     MambaConfig,
     MLPConfig,
     S4DConfig,
+    StrandsConfig,
     StridedWaveformConfig,
-    VectorsConfig,
     WaveformConfig,
 )
 from ssm_modal.models.causal_lm import CausalLMConfig
 from ssm_modal.models.classifier import SequenceClassifierConfig
+from ssm_modal.models.masked_lm import MaskedLMConfig
 from ssm_modal.models.registry import register_model
-from ssm_modal.models.vision import VisionMambaConfig
+from ssm_modal.models.sequence_cnn import SequenceCNNConfig
+from ssm_modal.tokenizers.dna import NucleotideTokenizer
+
+_NUCLEOTIDES = NucleotideTokenizer().vocab_size
 
 
 @register_model
@@ -59,45 +65,6 @@ def hybrid_lm() -> CausalLMConfig:
             mixer=(*(MambaConfig(),) * 4, AttentionConfig(n_heads=4, rope_theta=None), *(MambaConfig(),) * 3),
         ),
     )
-
-
-def _published(d_model: int, n_layers: int) -> CausalLMConfig:
-    """The sizes of arXiv 2312.00752, table 12: the GPT-NeoX vocabulary padded to a multiple of 8, tied."""
-    return CausalLMConfig(
-        vocab_size=50280,
-        backbone=BackboneConfig(d_model=d_model, n_layers=n_layers, mixer=MambaConfig()),
-        pad_vocab_multiple=8,
-    )
-
-
-@register_model
-def mamba_130m() -> CausalLMConfig:
-    """mamba-130m."""
-    return _published(768, 24)
-
-
-@register_model
-def mamba_370m() -> CausalLMConfig:
-    """mamba-370m."""
-    return _published(1024, 48)
-
-
-@register_model
-def mamba_790m() -> CausalLMConfig:
-    """mamba-790m."""
-    return _published(1536, 48)
-
-
-@register_model
-def mamba_1_4b() -> CausalLMConfig:
-    """mamba-1.4b."""
-    return _published(2048, 48)
-
-
-@register_model
-def mamba_2_8b() -> CausalLMConfig:
-    """mamba-2.8b."""
-    return _published(2560, 64)
 
 
 @register_model
@@ -147,70 +114,66 @@ def ids_classifier() -> SequenceClassifierConfig:
     )
 
 
-def _vision_mamba(d_model: int) -> VisionMambaConfig:
-    """The sizes of arXiv 2401.09417, table 1: 24 blocks, both directions under one pair of projections."""
-    return VisionMambaConfig(n_classes=1000, backbone=_both_ways(d_model, 24))
+@register_model
+def dna_lm() -> CausalLMConfig:
+    """Causal Mamba over nucleotides, to be sized by overrides."""
+    return CausalLMConfig(
+        vocab_size=_NUCLEOTIDES, backbone=BackboneConfig(d_model=256, n_layers=8, mixer=MambaConfig())
+    )
 
 
-def _both_ways(d_model: int, n_layers: int) -> BackboneConfig:
+def _bimamba(d_model: int, n_layers: int) -> BackboneConfig:
+    """BiMamba of arXiv 2403.03234: two directions added under one pair of projections."""
     return BackboneConfig(
         d_model=d_model,
         n_layers=n_layers,
         mixer=MambaConfig(),
-        bidirectional=BidirectionalConfig(combine="mean", share="projections"),
+        bidirectional=BidirectionalConfig(combine="sum", share="projections"),
     )
 
 
 @register_model
-def vim_tiny() -> VisionMambaConfig:
-    """Vision Mamba, tiny, as published."""
-    return _vision_mamba(192)
+def caduceus_ps() -> MaskedLMConfig:
+    """Caduceus-PS over nucleotides, of the size of the published model for windows of 131,072 bases
+    (kuleshov-group/caduceus: d_model 256, which counts one strand, 16 layers)."""
+    return MaskedLMConfig(vocab_size=_NUCLEOTIDES, backbone=_bimamba(256, 16), strands=StrandsConfig())
 
 
 @register_model
-def vim_small() -> VisionMambaConfig:
-    """Vision Mamba, small, as published."""
-    return _vision_mamba(384)
+def caduceus_ph() -> MaskedLMConfig:
+    """Caduceus-Ph: caduceus_ps without its second strand, to be trained on windows of either strand
+    (`reverse_complement: true` of the data)."""
+    return MaskedLMConfig(vocab_size=_NUCLEOTIDES, backbone=_bimamba(256, 16))
 
 
-@register_model
-def vim_base() -> VisionMambaConfig:
-    """Vision Mamba, base, as published."""
-    return _vision_mamba(768)
-
-
-@register_model
-def vim_mini() -> VisionMambaConfig:
-    """Vision Mamba for grey images of 28 x 28 pixels, in patches of 4."""
-    return VisionMambaConfig(n_classes=10, backbone=_both_ways(128, 8), img_size=28, patch_size=4, in_chans=1)
-
-
-@register_model
-def vim_mini_32() -> VisionMambaConfig:
-    """Vision Mamba for colour images of 32 x 32 pixels, in patches of 4."""
-    return VisionMambaConfig(n_classes=10, backbone=_both_ways(192, 12), img_size=32, patch_size=4)
-
-
-@register_model
-def pixels_classifier() -> SequenceClassifierConfig:
-    """Images as sequences of single pixels, both directions, mean pooling; to be sized by overrides."""
+def _dna_classifier(strands: StrandsConfig | None = None) -> SequenceClassifierConfig:
     return SequenceClassifierConfig(
-        n_classes=10,
-        backbone=_both_ways(128, 4),
-        input=VectorsConfig(channels=1),
+        n_classes=2,
+        input=IdsConfig(vocab_size=_NUCLEOTIDES),
+        backbone=_bimamba(128, 4),
+        strands=strands,
     )
 
 
 @register_model
-def pixels_classifier_s4d() -> SequenceClassifierConfig:
-    """The time-invariant baseline of pixels_classifier, of its size at the same d_model and n_layers."""
-    return SequenceClassifierConfig(
-        n_classes=10,
-        backbone=BackboneConfig(
-            d_model=128,
-            n_layers=4,
-            mixer=S4DConfig(),
-            bidirectional=BidirectionalConfig(combine="mean", share="projections"),
-        ),
-        input=VectorsConfig(channels=1),
-    )
+def caduceus_ps_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA, the same for both strands: the backbone of caduceus_ps, four layers."""
+    return _dna_classifier(StrandsConfig())
+
+
+@register_model
+def caduceus_ph_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA, trained on one strand at a time and evaluated on both, averaged."""
+    return replace(_dna_classifier(StrandsConfig()), strand_use="evaluation")
+
+
+@register_model
+def dna_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA read on the strand given alone: the plain model beside caduceus_ps_classifier."""
+    return _dna_classifier()
+
+
+@register_model
+def dna_cnn() -> SequenceCNNConfig:
+    """Two classes of DNA by three convolutions: the baseline."""
+    return SequenceCNNConfig(n_classes=2, vocab_size=_NUCLEOTIDES)
