@@ -130,8 +130,6 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         genomes(content["data"]["init_args"], tmp_path)
         options |= {"data.length": 32, "data.length_schedule": "{16: 0, 32: 1}", "data.eval_length": 32}
         options |= {"data.num_workers": 0, "data.cache_dir": tmp_path / "cache"}
-        if "segment" in content["model"]["init_args"]:
-            options["model.segment"] = 10
     if content["data"]["class_path"].endswith("DNAClassificationDataModule"):
         del options["data.batch_size"]
         options["data.batch_tokens"] = 100
