@@ -61,6 +61,9 @@ def recordings(init: dict[str, Any], root: Path) -> None:
             for digit in range(10)
             for index in (0, 5, 10)
         ]
+        if init.get("left_out_speaker") is not None:
+            speaker = init["left_out_speaker"]
+            files += [(f"audio/fsdd/recordings/{digit}_{speaker}_0.wav", 8000) for digit in range(10)]
     else:
         # Another rate in the second folder: the config resamples.
         files = [
@@ -92,6 +95,8 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         del options["data.batch_size"]
         options["data.batch_samples"] = 2000
         recordings(content["data"]["init_args"], tmp_path)
+    if content["model"]["init_args"]["model"] == "waveform_cnn":  # small as it is
+        options = {k: v for k, v in options.items() if not k.startswith("model.overrides.")}
     args = [f"--{key}={value}" for key, value in options.items()]
     assert main(["fit", "--config", name, *args]) == 0, capsys.readouterr().err
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -101,7 +106,8 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert len(losses) == 2
     assert all(0 < loss < 20 for loss in losses)
     model = ssm_modal.load_pretrained(tmp_path / "run")
-    assert model.config.backbone.d_model == 16
+    if hasattr(model, "backbone"):
+        assert model.config.backbone.d_model == 16
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("text/tinyshakespeare")])

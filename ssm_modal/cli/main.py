@@ -21,6 +21,7 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model",
+    "stream": "classify a recording chunk by chunk, with the time that each takes",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
 }

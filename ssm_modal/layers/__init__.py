@@ -4,12 +4,13 @@ bidirectional); MLP and RMSNorm."""
 from ssm_modal.layers.attention import Attention, AttentionConfig, AttentionState
 from ssm_modal.layers.bidirectional import Bidirectional, BidirectionalConfig
 from ssm_modal.layers.config import Config
+from ssm_modal.layers.filterbank import FilterbankConfig
 from ssm_modal.layers.inputs import IdsConfig, InputConfig, StridedWaveformConfig, WaveformConfig
 from ssm_modal.layers.mamba import Mamba, MambaConfig, MambaState
 from ssm_modal.layers.mixer import Mixer, MixerConfig, build_mixer
 from ssm_modal.layers.mlp import MLP, MLPConfig
 from ssm_modal.layers.norm import RMSNorm
-from ssm_modal.layers.s4d import S4D, S4DConfig, S4DState
+from ssm_modal.layers.s4d import S4D, S4DConfig, S4DState, set_time_step_scale
 
 __all__ = [
     "Attention",
@@ -18,6 +19,7 @@ __all__ = [
     "Bidirectional",
     "BidirectionalConfig",
     "Config",
+    "FilterbankConfig",
     "IdsConfig",
     "InputConfig",
     "MLP",
@@ -34,4 +36,5 @@ __all__ = [
     "StridedWaveformConfig",
     "WaveformConfig",
     "build_mixer",
+    "set_time_step_scale",
 ]

@@ -5,6 +5,7 @@ from ssm_modal.models.base import Model, ModelConfig
 from ssm_modal.models.causal_lm import CausalLM, CausalLMConfig
 from ssm_modal.models.classifier import ClassifierState, SequenceClassifier, SequenceClassifierConfig
 from ssm_modal.models.registry import create_model, list_models, model_config, register_model
+from ssm_modal.models.waveform_cnn import WaveformCNN, WaveformCNNConfig
 
 __all__ = [
     "CausalLM",
@@ -14,6 +15,8 @@ __all__ = [
     "ModelConfig",
     "SequenceClassifier",
     "SequenceClassifierConfig",
+    "WaveformCNN",
+    "WaveformCNNConfig",
     "builders",
     "create_model",
     "list_models",

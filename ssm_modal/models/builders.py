@@ -11,6 +11,7 @@ from ssm_modal.backbone import BackboneConfig
 from ssm_modal.layers import (
     AttentionConfig,
     BidirectionalConfig,
+    FilterbankConfig,
     IdsConfig,
     MambaConfig,
     MLPConfig,
@@ -21,6 +22,7 @@ from ssm_modal.layers import (
 from ssm_modal.models.causal_lm import CausalLMConfig
 from ssm_modal.models.classifier import SequenceClassifierConfig
 from ssm_modal.models.registry import register_model
+from ssm_modal.models.waveform_cnn import WaveformCNNConfig
 
 
 @register_model
@@ -131,6 +133,26 @@ def audio_classifier_s4d() -> SequenceClassifierConfig:
             d_model=64, n_layers=4, mixer=S4DConfig(), bidirectional=BidirectionalConfig()
         ),
     )
+
+
+@register_model
+def audio_classifier_filterbank() -> SequenceClassifierConfig:
+    """Ten classes of waveforms at 8 kHz: log energies of learned filters every 10 ms under Mamba in both
+    directions."""
+    return SequenceClassifierConfig(
+        n_classes=10,
+        input=FilterbankConfig(),
+        backbone=BackboneConfig(
+            d_model=80, n_layers=4, mixer=MambaConfig(), dropout=0.1, bidirectional=BidirectionalConfig()
+        ),
+        head_dropout=0.2,
+    )
+
+
+@register_model
+def waveform_cnn() -> WaveformCNNConfig:
+    """Ten classes of waveforms at 8 kHz: the plain convolutional baseline."""
+    return WaveformCNNConfig(n_classes=10)
 
 
 @register_model
