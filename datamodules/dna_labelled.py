@@ -21,6 +21,7 @@ from ssm_modal.io.labelled_sequences import LabelledSequence, class_names, read_
 from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path
+from ssm_modal.plots import draw_track
 from ssm_modal.tokenizers.dna import DNATokenizer
 
 
@@ -163,6 +164,15 @@ class DNAClassificationDataModule(pl.LightningDataModule):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         return self._prepare()[split]
+
+    def example_input(self, split: str, number: int) -> Tensor:
+        """What the model reads of sequence `number` of "validation", "test" or "predict": (1, tokens)."""
+        one = self.sequences("test" if split == "predict" else split)[number]
+        return self.tokenizer.encode_letters(letters_of(one.sequence)).unsqueeze(0)
+
+    def draw_relevance(self, panel: Any, split: str, number: int, relevance: Tensor) -> None:
+        """Draw the `relevance` of that sequence's tokens (tokens,) into the matplotlib subfigure `panel`."""
+        draw_track(panel, relevance, unit="base" if self.tokenizer.span == 1 else "token")
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files; at the start of `fit`, write down the tokenizer and what was left out."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ssm_modal.errors import ConfigError
@@ -33,9 +34,10 @@ from ssm_modal.tasks.classification_tables import (
     telling_examples,
 )
 from ssm_modal.tasks.prediction_parts import PredictionParts, prediction_key
+from ssm_modal.tasks.relevance import relevance_plot
 
-# What `examples.png` shows at most.
-_EXAMPLES = 12
+# What `examples.png` shows at most, and `relevance.png`.
+_EXAMPLES, _EXPLAINED = 12, 6
 _CHECKPOINT_KEY = "ssm_modal_classification"
 
 
@@ -55,11 +57,14 @@ class Classification(TrainingTask):
         confusion.png     the same as a picture, with `plots`
         examples.png      with `plots`, sequences drawn: the wrong ones that the model was surest of, then the
                           right ones that it was least sure of
+        relevance.png     with `plots`, the first six of them with what spoke for the class they were taken
+                          for (gradient x input; `ssm-modal explain` does more)
 
     and `ssm-modal validate` the same into `validation/` there.
 
     `ssm-modal predict` writes `results/predictions.csv`: file, predicted, probability, the next classes with
-    theirs (`top_k` in all), label (empty where it is not known), and with `plots` `results/predictions.png`.
+    theirs (`top_k` in all), label (empty where it is not known), and with `plots` `results/predictions.png`
+    and `results/relevance.png`.
     Each file is written whole or not at all; a prediction that was killed goes on behind the batches it had
     done, and writes what it would have written at one go.
 
@@ -76,7 +81,8 @@ class Classification(TrainingTask):
     The data module may have `classes`, the names of the classes in the order of their numbers,
     `predicted_files()`, the name of what each number in `recordings` stands for (without them the numbers are
     the names), and `draw_example(panel, split, number)`, which draws number `number` of "validation", "test"
-    or "predict" into a matplotlib subfigure; without it no examples are drawn.
+    or "predict" into a matplotlib subfigure; without it no examples are drawn. What `relevance.png` takes of
+    it stands at `ssm_modal.tasks.relevance.relevance_plot`.
     """
 
     def __init__(
@@ -239,14 +245,26 @@ class Classification(TrainingTask):
         atomic_write(folder / "confusion.csv", confusion_table(matrix, names))
         if self.plots:
             atomic_write(folder / "confusion.png", confusion_plot(matrix, names))
-            self._draw_examples(folder / "examples.png", split, seen)
+            self._draw_examples(folder, "examples.png", split, seen)
 
-    def _draw_examples(self, file: Path, split: str, found: Sequence[Mapping[str, Tensor]]) -> None:
-        """Draw `telling_examples` into `file`, where the data module can and there are any."""
+    def _draw_examples(
+        self, folder: Path, name: str, split: str, found: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Draw `telling_examples` into the file `name`, and into `relevance.png` what drove the first of
+        these decisions, as far as the data module can and there are any."""
         draw = getattr(self._data, "draw_example", None)
-        examples = telling_examples(found, self.class_names, _EXAMPLES) if callable(draw) else []
+        examples = telling_examples(found, self.class_names, _EXAMPLES)
         if draw is not None and examples:
-            atomic_write(file, examples_plot(examples, lambda panel, number: draw(panel, split, number)))
+            picture = examples_plot(examples, lambda panel, number: draw(panel, split, number))
+            atomic_write(folder / name, picture)
+        try:
+            relevance = relevance_plot(self.model, self._data, split, examples[:_EXPLAINED])
+        except torch.OutOfMemoryError:
+            # Gradients take more memory than the test did; what it found is written already.
+            rank_zero_warn("relevance.png is not drawn: the gradients of its sequences take too much memory")
+            return
+        if relevance is not None:
+            atomic_write(folder / "relevance.png", relevance)
 
     def _gathered(self, own: list[Any]) -> list[Any]:
         """The items of all processes, one process after the other."""
@@ -307,7 +325,7 @@ class Classification(TrainingTask):
         table = predictions_table(batches, self.class_names, files, top_k=self.top_k)
         atomic_write(results / "predictions.csv", table)
         if self.plots:
-            self._draw_examples(results / "predictions.png", "predict", batches)
+            self._draw_examples(results, "predictions.png", "predict", batches)
 
     def predictions(self) -> list[dict[str, Any]]:
         """What `predict_step` found in this process's batches, in order, those kept earlier among them."""

@@ -22,6 +22,7 @@ TRAINING = {
 BESIDE = {
     "generate": "continue a text with a trained model",
     "stream": "classify a recording chunk by chunk, with the time that each takes",
+    "explain": "show which input positions drove a model's decision",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
 }
