@@ -35,7 +35,7 @@ class FilterbankConfig(InputConfig):
     """
 
     type: ClassVar[str] = "filterbank"
-    n_filters: int = 40
+    n_filters: int = 32
     kernel: int = 128
     window: int = 256
     stride: int = 80

@@ -143,7 +143,7 @@ def audio_classifier_filterbank() -> SequenceClassifierConfig:
         n_classes=10,
         input=FilterbankConfig(),
         backbone=BackboneConfig(
-            d_model=80, n_layers=4, mixer=MambaConfig(), dropout=0.1, bidirectional=BidirectionalConfig()
+            d_model=64, n_layers=4, mixer=MambaConfig(), dropout=0.1, bidirectional=BidirectionalConfig()
         ),
         head_dropout=0.2,
     )
