@@ -29,7 +29,7 @@ class WaveformCNNConfig(ModelConfig):
 
     type: ClassVar[str] = "waveform_cnn"
     n_classes: int
-    channels: tuple[int, ...] = (48, 64, 96, 128, 224)
+    channels: tuple[int, ...] = (48, 64, 96, 128, 192)
     kernels: tuple[int, ...] = (65, 9, 9, 5, 5)
     strides: tuple[int, ...] = (8, 4, 4, 2, 2)
     scale: float = 8.0
