@@ -22,6 +22,8 @@ TRAINING = {
 BESIDE = {
     "generate": "continue a text with a trained model",
     "stream": "classify a recording chunk by chunk, with the time that each takes",
+    "convert": "write a model in another format: this package's, transformers', state-spaces'",
+    "memory": "print what registered models take: weights, state and KV cache by length",
     "explain": "show which input positions drove a model's decision",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
