@@ -309,8 +309,8 @@ def test_every_registered_model_builds_and_runs_small(name: str) -> None:
         assert state is None
         return
     if isinstance(config, WaveformCNNConfig):
-        logits, state = ssm_modal.create_model(name, n_classes=3)(torch.randn(1, 40))
-        assert logits.shape == (1, 3)
+        logits, state = ssm_modal.create_model(name, n_classes=3)(torch.randn(2, 800))
+        assert logits.shape == (2, 3)
         assert state is None
         return
     if isinstance(config, SequenceClassifierConfig):
