@@ -381,6 +381,10 @@ def test_integer_weights_are_refused(mamba: Path) -> None:
 def test_dtypes_the_device_cannot_do(mamba: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"dtype is torch.int8, expected one of torch.float32"):
         ssm_modal.load_pretrained(mamba, dtype=torch.int8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device is cuda:1, but torch finds no NVIDIA GPU here"):
+        ssm_modal.load_pretrained(mamba, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(
         ValueError, match=r"cuda \(compute capability 7.5\) cannot compute in; expected torch.float16"
