@@ -34,6 +34,7 @@ from ssm_modal.tasks.classification_tables import (
     predictions_table,
     telling_examples,
 )
+from ssm_modal.tasks.image_inputs import check_image_input
 from ssm_modal.tasks.matthews import mcc, mcc_interval
 from ssm_modal.tasks.prediction_parts import PredictionParts, prediction_key
 from ssm_modal.tasks.relevance import relevance_plot
@@ -46,10 +47,10 @@ _CHECKPOINT_KEY = "ssm_modal_classification"
 class Classification(TrainingTask):
     """Learn the label of each sequence.
 
-    A batch has `ids` or `waveform` (batch, length), or (1, total) packed by `cu_seqlens`, and `labels`
-    (sequences,) int64, the class, -100 where there is none. `recordings` (sequences,) int64 is optional: what
-    number a sequence has in the data module. `in_training` (sequences,) bool is optional too: whether a
-    sequence stands in training.
+    A batch has `ids` or `waveform` (batch, length), or (1, total) packed by `cu_seqlens`, or `pixels` or
+    `images`, see `TrainingTask`, and `labels` (sequences,) int64, the class, -100 where there is none.
+    `recordings` (sequences,) int64 is optional: what number a sequence has in the data module. `in_training`
+    (sequences,) bool is optional too: whether a sequence stands in training.
 
     Logs `train/loss`, and under `val/` or `test/`, exact over batches and processes:
 
@@ -148,6 +149,7 @@ class Classification(TrainingTask):
         if self._trainer is None or self.trainer.state.fn == "fit":
             self._check_classes(data)
         config = getattr(self.model, "config", None)
+        check_image_input(config, data)
         given = getattr(data, "input", None)
         if not isinstance(config, SequenceClassifierConfig) or given not in ("waveform", "mu_law"):
             return

@@ -5,7 +5,13 @@ from ssm_modal.layers.attention import Attention, AttentionConfig, AttentionStat
 from ssm_modal.layers.bidirectional import Bidirectional, BidirectionalConfig
 from ssm_modal.layers.config import Config
 from ssm_modal.layers.feed_forward import FeedForward, FeedForwardConfig
-from ssm_modal.layers.inputs import IdsConfig, InputConfig, StridedWaveformConfig, WaveformConfig
+from ssm_modal.layers.inputs import (
+    IdsConfig,
+    InputConfig,
+    StridedWaveformConfig,
+    VectorsConfig,
+    WaveformConfig,
+)
 from ssm_modal.layers.mamba import Mamba, MambaConfig, MambaState
 from ssm_modal.layers.mixer import Mixer, MixerConfig, build_mixer
 from ssm_modal.layers.mlp import MLP, MLPConfig
@@ -41,6 +47,7 @@ __all__ = [
     "Strands",
     "StrandsConfig",
     "StridedWaveformConfig",
+    "VectorsConfig",
     "WaveformConfig",
     "build_mixer",
     "collect_routing",

@@ -1,4 +1,5 @@
-"""What turns a model's input into vectors of width d_model: token ids, or the samples of a waveform.
+"""What turns a model's input into vectors of width d_model: token ids, the samples of a waveform, or vectors
+of another width, such as pixels.
 
 An input layer is one call, `layer(x, state=None, *, seqs=None) -> (vectors, seqs, state)`, for whole
 sequences, packed ones and chunks of a stream: the `seqs` that comes back packs the vectors, of which a
@@ -63,6 +64,24 @@ class WaveformConfig(InputConfig):
 
 
 @dataclass(frozen=True)
+class VectorsConfig(InputConfig):
+    """Vectors of `channels` numbers, each on its own through a Linear: a pixel is one, with a channel a
+    colour. positions: None, or steps of which each has a learned vector, added to what stands there; the
+    longest sequence then, and the model must need whole sequences."""
+
+    type: ClassVar[str] = "vectors"
+    channels: int = 1
+    positions: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("VectorsConfig", channels=self.channels, positions=self.positions)
+
+    def build(self, d_model: int) -> VectorsInput:
+        return VectorsInput(d_model, self)
+
+
+@dataclass(frozen=True)
 class StridedWaveformConfig(InputConfig):
     """A causal convolution of `kernel` samples, kept at every `stride`-th of them, a GELU and a Linear.
 
@@ -102,14 +121,17 @@ class StridedState(State):
 
 
 class InputLayer(nn.Module):
-    """Base of the input layers. state_type: what it carries along a stream, None where that is nothing."""
+    """Base of the input layers. state_type: what it carries along a stream, None where that is nothing.
+    channels: the last axis of what it takes, None for (batch, length)."""
 
     state_type: type[State] | None = None
+    channels: int | None = None
 
     def forward(
         self, x: Tensor, state: StridedState | None = None, *, seqs: Sequences | None = None
     ) -> tuple[Tensor, Sequences | None, StridedState | None]:
-        """x: (batch, length), or (1, total) packed by `seqs`; state: what an earlier call returned.
+        """x: (batch, length[, channels]), or (1, total[, channels]) packed by `seqs`; state: what an earlier
+        call returned.
 
         Returns (vectors (batch, steps, d_model) or (1, steps, d_model), the Sequences that pack them, new
         state).
@@ -153,6 +175,36 @@ class WaveformInput(InputLayer):
         check_waveform(type(self).__name__, x)
         x = x.to(self.proj.weight.dtype) * self.config.scale
         return self.proj(x.unsqueeze(-1)), seqs, None
+
+
+class VectorsInput(InputLayer):
+    """vectors (batch, length, channels) of a floating dtype to (batch, length, d_model)."""
+
+    def __init__(self, d_model: int, config: VectorsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.channels
+        self.proj = nn.Linear(config.channels, d_model)
+        self.positions = None if config.positions is None else nn.Embedding(config.positions, d_model)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
+
+    def forward(
+        self, x: Tensor, state: StridedState | None = None, *, seqs: Sequences | None = None
+    ) -> tuple[Tensor, Sequences | None, None]:
+        if not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__}: x has dtype {x.dtype}, expected a floating one")
+        vectors = self.proj(x.to(self.proj.weight.dtype))
+        if self.positions is None:
+            return vectors, seqs, None
+        lengths = [x.shape[1]] if seqs is None else seqs.lengths
+        if max(lengths, default=0) > self.positions.num_embeddings:
+            raise ValueError(
+                f"{type(self).__name__}: x has {max(lengths)} steps, expected at most "
+                f"{self.positions.num_embeddings}, the positions"
+            )
+        own = [self.positions.weight[:n] for n in lengths]
+        return vectors + torch.cat(own).to(vectors.dtype), seqs, None
 
 
 class StridedWaveformInput(InputLayer):
