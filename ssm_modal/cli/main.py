@@ -21,6 +21,7 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model",
+    "stream": "classify a recording chunk by chunk, with the time that each takes",
     "convert": "write a model in another format: this package's, transformers', state-spaces'",
     "memory": "print what registered models take: weights, state and KV cache by length",
     "explain": "show which input positions drove a model's decision",

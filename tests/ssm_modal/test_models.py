@@ -21,6 +21,7 @@ from ssm_modal.models import (
     SequenceClassifierConfig,
     SequenceCNNConfig,
     VisionMambaConfig,
+    WaveformCNNConfig,
     model_config,
     register_model,
 )
@@ -306,6 +307,11 @@ def test_every_registered_model_builds_and_runs_small(name: str) -> None:
     if isinstance(config, SequenceCNNConfig):
         logits, state = ssm_modal.create_model(name, n_classes=3, d_model=32)(torch.tensor([[1, 2, 3] * 4]))
         assert logits.shape == (1, 3)
+        assert state is None
+        return
+    if isinstance(config, WaveformCNNConfig):
+        logits, state = ssm_modal.create_model(name, n_classes=3)(torch.randn(2, 800))
+        assert logits.shape == (2, 3)
         assert state is None
         return
     if isinstance(config, VisionMambaConfig):
