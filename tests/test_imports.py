@@ -25,6 +25,7 @@ ORDER = (
     ("models",),
     ("checkpoints",),
     ("generation",),
+    ("genomics",),
     ("cli",),
 )
 CORE = ("torch", "triton", "einops", "safetensors", "huggingface_hub")

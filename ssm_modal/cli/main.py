@@ -21,6 +21,10 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model",
+    "score": "score variants of a genome (VCF or table) by a language model of DNA",
+    "mutate": "the effect of every substitution in a region: table, track and picture",
+    "embed": "embeddings of sequences of any length, by record, window or position",
+    "tracks": "per-base likelihood or coverage along a region: bedGraph and picture",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
 }
