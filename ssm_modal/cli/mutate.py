@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = (
         "The folder gets mutations.tsv (chrom, pos, ref, alt, ssm_dll: three lines a base), "
-        "mutations.bedgraph (the mean of the three at each base) and mutations.png (a heat map). Scores are those of ssm-modal "
-        "score. A job that was stopped goes on when the command is given again."
+        "mutations.bedgraph (the mean of the three at each base) and mutations.png (a heat map). Scores "
+        "are those of ssm-modal score. A job that was stopped goes on when the command is given again."
     )
     add_model_options(parser)
     add_genome_options(parser)

@@ -97,9 +97,8 @@ def run(args: argparse.Namespace) -> int:
             stream=stream_of(args, loaded.device),
         )
         _write(folder, "likelihood", values, genome, place, "log P(base) (nats)", -math.log(4))
-        print(
-            f"mean log P(base) {float(values.nanmean()):.4f} nats over {int((~values.isnan()).sum()):,} bases"
-        )
+        known = int((~values.isnan()).sum())
+        print(f"mean log P(base) {float(values.nanmean()):.4f} nats over {known:,} bases")
     list_left_out(folder / "tracks", [*genome.left_out, *left_out])
     return 0
 

@@ -58,9 +58,7 @@ class EmbeddingConfig:
         if self.bin < 1:
             raise ValueError(f"bin is {self.bin}, expected 1 or more")
         if self.both_strands and self.pool == "max" and self.by != "position":
-            raise ValueError(
-                'pool is "max" with both strands, whose mean is taken: expected "mean" or "last"'
-            )
+            raise ValueError('pool is "max" with both strands, which are averaged: expected "mean" or "last"')
 
     def rows(self, tokens: int) -> int:
         """Vectors that a sequence of `tokens` has."""
@@ -158,11 +156,8 @@ class _Rows:
             number, vectors = (self.tokens - 1 - number).flip(0), vectors.flip(0)
         runs = number // self.run
         if self.pool == "last":
-            ends = (
-                number % self.run == 0
-                if other
-                else ((number + 1) % self.run == 0) | (number == self.tokens - 1)
-            )
+            last = ((number + 1) % self.run == 0) | (number == self.tokens - 1)
+            ends = number % self.run == 0 if other else last
             runs, vectors = runs[ends], vectors[ends.to(vectors.device)]
             if not len(runs):
                 return
@@ -181,7 +176,7 @@ class _Rows:
         self._put(begin, end, new, other)
 
     def _put(self, begin: int, end: int, new: Tensor, other: bool) -> None:
-        # In the first pass rows from `_filled` on may hold what a stopped job left; in the second all are filled.
+        # In the first pass rows from `_filled` on may hold what a stopped job left; then all are filled.
         known = end if other else min(max(self._filled, begin), end)
         if known > begin:
             old = self.store.read(self.matrix, self.row + begin, self.row + known)

@@ -107,7 +107,7 @@ def _masked(
     for offset in range(apart):
         # Hidden are runs of `shared` tokens, which end with tokens offset, offset + apart, ...
 
-        def hide(first: int, last: int) -> Tensor:
+        def hide(first: int, last: int, offset: int = offset) -> Tensor:
             ids = read(first, last)
             place = (torch.arange(first, last) - offset) % apart
             return ids.where(place < apart - shared + 1, tokenizer.mask_id).where(

@@ -30,17 +30,13 @@ def track_plot(
     if n <= _POINTS:
         at = start + 1 + torch.arange(n)
         axes.plot(at, wide, color="#1f77b4", linewidth=0.8, marker="." if n <= 300 else "", markersize=3)
-        title = f"{contig}:{start + 1:,}-{start + n:,}"
     else:
         size = -(-n // (_POINTS // 2))
         binned = F.pad(wide, (0, -n % size), value=float("nan")).view(-1, size)
         at = start + 1 + size * torch.arange(binned.shape[0]) + size / 2
         low, high = (torch.nanquantile(binned, q, dim=1) for q in (0.05, 0.95))
-        axes.fill_between(
-            at, low, high, color="#1f77b4", alpha=0.2, linewidth=0, label="5th to 95th percentile"
-        )
+        axes.fill_between(at, low, high, color="#1f77b4", alpha=0.2, linewidth=0, label="5 to 95 %")
         axes.plot(at, binned.nanmean(1), color="#1f77b4", linewidth=1.0, label=f"mean of {size:,} bases")
-        title = f"{contig}:{start + 1:,}-{start + n:,}"
     if reference is not None:
         axes.axhline(reference, color="0.5", linestyle="--", linewidth=0.8, label="uniform guess, -ln 4")
     if axes.get_legend_handles_labels()[0]:
@@ -48,26 +44,20 @@ def track_plot(
     axes.set_xlim(start + 0.5, start + n + 0.5)
     axes.set_xlabel("position (1-based)")
     axes.set_ylabel(label)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(f"{contig}:{start + 1:,}-{start + n:,}", fontsize=10)
     _plain_positions(axes)
     return _png(figure, dpi)
 
 
 def mutation_plot(mutations: Mutations, *, dpi: int = 150) -> bytes:
-    """A heat map of the effects: a column a base, a row a letter put in its place; the region's own letters are
-    dots. Below it the mean effect of the three substitutions at each base."""
+    """A heat map of the effects: a column a base, a row a letter put in its place; dots are the region's
+    own letters. Below it the mean effect of the three substitutions at each base."""
     n = len(mutations.letters)
     figure, (axes, below) = _figure(min(24.0, max(7.0, 0.11 * n + 2.5)), 4.2, rows=2)
     effects = mutations.effects
     known = effects[~effects.isnan()].abs()
-    limit = max(
-        1e-6,
-        float(known.quantile(0.99))
-        if 0 < known.numel() <= 1 << 20
-        else float(known.max())
-        if known.numel()
-        else 1.0,
-    )
+    # The scale ends at the 99th percentile, so that one base does not bleach the others.
+    limit = max(1e-6, float(known.kthvalue(max(1, int(0.99 * len(known)))).values) if len(known) else 0.0)
     left, right = mutations.start + 0.5, mutations.start + n + 0.5
     image = axes.imshow(
         effects.T.numpy(),

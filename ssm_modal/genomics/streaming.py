@@ -55,7 +55,7 @@ class HiddenStates:
         self.device = next(model.parameters()).device
 
     def __call__(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """ids: (batch, length) int64. Returns the vectors (batch, length, width) and the model's new state."""
+        """ids: (batch, length) int64. Returns vectors (batch, length, width) and the model's new state."""
         if self.layer is None:
             return self.model.hidden(ids, state)
         kept: list[Tensor] = []

@@ -111,7 +111,8 @@ class VariantScorer:
         strands = "mean over both strands" if self.strands == "both" else f"strand {self.strands}"
         return (
             f"log P(alternative) - log P(reference) in nats; method {self.method} "
-            f"({'causal' if self.log_probs.causal else 'masked'} model), window {self.window} bases, {strands}"
+            f"({'causal' if self.log_probs.causal else 'masked'} model), window {self.window} bases, "
+            f"{strands}"
         )
 
     @staticmethod

@@ -163,8 +163,8 @@ def table_columns(file: Path, header: str) -> tuple[list[str], dict[str, int]]:
             problem = "is missing" if not found else "is there twice"
             raise GenomeError(
                 file,
-                f"the column {name!r} {problem}; the header is {', '.join(cells)}, expected columns separated "
-                f"by tabs: {', '.join(COLUMNS)}",
+                f"the column {name!r} {problem}; the header is {', '.join(cells)}, expected columns "
+                f"separated by tabs: {', '.join(COLUMNS)}",
             )
         places[name] = found[0]
     return cells, places
@@ -201,7 +201,8 @@ def _end_of(record: Any) -> int | None:
 
 
 def _table_lines(file: Path) -> Iterator[tuple[int, tuple[str, str, str, list[str], int | None] | str]]:
-    width, places = 0, {}
+    width = 0
+    places: dict[str, int] = {}
     with open_text(file) as source:
         for number, line in enumerate(source, 1):
             if line.startswith("##") or not line.strip():
