@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ssm_modal.datamodules.audio_augment import Augmentation
 from ssm_modal.datamodules.audio_batches import AudioBatches, Input, Layout
 from ssm_modal.datamodules.audio_plan import BatchPlan
+from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
-from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.audio import AUDIO_SUFFIXES
+from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.manifests import read_manifest
 from ssm_modal.io.recordings import (
     SPLITS,
@@ -31,6 +30,7 @@ from ssm_modal.io.recordings import (
     open_recordings,
 )
 from ssm_modal.io.speech_presets import free_spoken_digits, speech_commands
+from ssm_modal.plots import draw_waveform
 from ssm_modal.tokenizers.waveform import MuLawTokenizer
 
 Source = Literal["folder", "pattern", "manifest", "unlabelled", "free_spoken_digits", "speech_commands"]
@@ -205,6 +205,12 @@ class AudioDataModule(pl.LightningDataModule):
         """The files of what is predicted, in order: what the numbers in a batch's `recordings` stand for."""
         return [os.fspath(clip.recording.path) for clip in self._predicted()]
 
+    def draw_example(self, panel: Any, split: str, number: int) -> None:
+        """Draw recording `number` of "validation", "test" or "predict" into the matplotlib subfigure `panel`:
+        its waveform and its spectrogram."""
+        clips = self._predicted() if split == "predict" else self.clips(split)
+        draw_waveform(panel, clips[number].read(), self.sample_rate)
+
     def _predicted(self) -> list[Clip]:
         splits = self._prepare()
         return splits["test"] if self.predict == "test" else [c for name in SPLITS for c in splits[name]]
@@ -221,7 +227,7 @@ class AudioDataModule(pl.LightningDataModule):
         if stage != "fit" or trainer is None or not self.skip_bad:
             return
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            self._write_left_out(Path(trainer.default_root_dir) / "left_out.csv")
+            write_left_out(Path(trainer.default_root_dir) / "left_out.csv", self._left_out)
 
     def batches(self, split: str) -> AudioBatches:
         """The batches of `split` as pure functions of their index; ValueError where it has no recording."""
@@ -321,18 +327,7 @@ class AudioDataModule(pl.LightningDataModule):
             recordings, self.reading, decode=self.check_samples, skip_bad=self.skip_bad
         )
         self._left_out = [*found.left_out, *bad]
-        if self._left_out:
-            first = self._left_out[0]
-            rank_zero_warn(
-                f"{len(self._left_out)} recordings were left out, the first: {first.path}: {first.reason}"
-            )
+        warn_left_out(self._left_out, "recordings")
         self._classes = tuple(sorted({c.recording.label for c in clips if c.recording.label is not None}))
         self._clips = {name: [c for c in clips if c.recording.split == name] for name in SPLITS}
         return self._clips
-
-    def _write_left_out(self, file: Path) -> None:
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["path", "reason"])
-        writer.writerows([os.fspath(one.path), one.reason] for one in self._left_out)
-        atomic_write(file, table.getvalue())

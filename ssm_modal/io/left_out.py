@@ -1,4 +1,4 @@
-"""The list of what a job leaves out, as a file beside what it writes."""
+"""The list of what a run leaves out."""
 
 from __future__ import annotations
 
