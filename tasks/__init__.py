@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ssm_modal.tasks.language import LanguageModelling
     from ssm_modal.tasks.optimizers import OptimizerConfig
     from ssm_modal.tasks.schedules import ScheduleConfig
+    from ssm_modal.tasks.species import SpeciesClassification
     from ssm_modal.tasks.synthetic import SyntheticTask
 
 _HOMES = {
@@ -18,6 +19,7 @@ _HOMES = {
     "LanguageModelling": "language",
     "OptimizerConfig": "optimizers",
     "ScheduleConfig": "schedules",
+    "SpeciesClassification": "species",
     "StepOutput": "base",
     "SyntheticTask": "synthetic",
     "TrainingTask": "base",
@@ -28,6 +30,7 @@ __all__ = [
     "LanguageModelling",
     "OptimizerConfig",
     "ScheduleConfig",
+    "SpeciesClassification",
     "StepOutput",
     "SyntheticTask",
     "TrainingTask",

@@ -17,11 +17,11 @@ from ssm_modal.cli.dna_options import (
     scorer_of,
 )
 from ssm_modal.genomics.mutagenesis import Mutations, mutate_region
-from ssm_modal.genomics.plots import mutation_plot
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.bedgraph import Track, write_bedgraph
 from ssm_modal.io.journal import Journal
 from ssm_modal.io.text import expand_path
+from ssm_modal.plots import mutation_plot
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
             "mean effect of substitutions (nats)",
             [Track(found.contig, found.start, found.mean_effect().tolist())],
         )
-        atomic_write(folder / "mutations.png", mutation_plot(found))
+        picture = mutation_plot(found.effects, found.letters, found.contig, found.start)
+        atomic_write(folder / "mutations.png", picture)
         atomic_write(folder / "mutations.tsv", mutation_table(found))
         journal.remove()
     list_left_out(folder / "mutations.tsv", genome.left_out)

@@ -22,7 +22,6 @@ from ssm_modal.cli.dna_options import (
 )
 from ssm_modal.genomics.likelihood_track import SPACING, likelihood_track
 from ssm_modal.genomics.places import Place
-from ssm_modal.genomics.plots import track_plot
 from ssm_modal.genomics.variant_scores import STRANDS
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.bedgraph import Track, write_bedgraph
@@ -30,6 +29,7 @@ from ssm_modal.io.coverage import coverage
 from ssm_modal.io.genome import Genome
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path
+from ssm_modal.plots import track_plot
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,8 @@
 
 Each token has the vector of a chosen layer. Vectors are kept as they are ("position"), pooled over runs of
 `bin` tokens ("window") or over the whole sequence ("record"). With both strands the other strand is read too,
-and the vectors of a place are averaged: of a model that is equivariant to the reverse complement the same
-embedding comes out for either strand.
+and the vectors of a place are averaged, so that either strand has the same embedding. A model that is
+equivariant to the reverse complement has the channels of both strands side by side: their mean is taken.
 
 A sequence goes through the model as `ssm_modal.genomics.streaming` says, so that memory does not grow with
 its length. What is kept of a job that was stopped is every whole sequence.
@@ -119,6 +119,11 @@ def embed(
         else {name: config.rows(n) for name, n in zip(names, tokens)}
     )
     partial, notes = (target.with_name(f".{target.name}.{end}") for end in ("partial", "progress"))
+    if config.both_strands and hidden.equivariant:
+        hidden = HiddenStates(hidden.model, hidden.layer, mean_of_strands=True)
+        strands = 1
+    else:
+        strands = 2 if config.both_strands else 1
     with Journal(notes, job) as journal:
         if not journal.done:
             partial.unlink(missing_ok=True)
@@ -128,7 +133,8 @@ def embed(
             if str(number) in journal.done:
                 continue
             matrix, row = (MATRIX, number) if config.by == "record" else (place.name, 0)
-            _fill(_Rows(store, matrix, row, n, config), place, genome, tokenizer, hidden, config)
+            into = _Rows(store, matrix, row, n, config, strands)
+            _fill(into, place, genome, tokenizer, hidden, config.stream)
             store.flush()
             journal.add([(str(number), True)])
         report(len(places), len(places))
@@ -141,12 +147,12 @@ class _Rows:
     """The rows of one place in the store, to which vectors of tokens are added run by run."""
 
     def __init__(
-        self, store: EmbeddingStore, matrix: str, row: int, tokens: int, config: EmbeddingConfig
+        self, store: EmbeddingStore, matrix: str, row: int, tokens: int, config: EmbeddingConfig, strands: int
     ) -> None:
         self.store, self.matrix, self.row, self.tokens = store, matrix, row, tokens
         self.pool = "mean" if config.by == "position" else config.pool
         self.run = config.run(tokens)
-        self.strands = 2 if config.both_strands else 1
+        self.strands = strands
         self._filled = 0  # rows that hold something of this place
 
     def add(self, first: int, vectors: Tensor, other: bool) -> None:
@@ -193,14 +199,14 @@ def _fill(
     genome: Genome,
     tokenizer: DNATokenizer,
     hidden: HiddenStates,
-    config: EmbeddingConfig,
+    config: StreamConfig,
 ) -> None:
-    for other in (False, True) if config.both_strands else (False,):
+    for other in (False, True)[: rows.strands]:
 
         def read(first: int, last: int, other: bool = other) -> Tensor:
             return place.ids(genome, tokenizer, first, last, other=other)
 
-        for first, vectors in hidden.stream(read, rows.tokens, config.stream):
+        for first, vectors in hidden.stream(read, rows.tokens, config):
             rows.add(first, vectors, other)
 
 

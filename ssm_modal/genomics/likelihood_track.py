@@ -22,6 +22,7 @@ from ssm_modal.tokenizers.dna import DNATokenizer
 SPACING = 8
 
 
+@torch.inference_mode()
 def likelihood_track(
     place: Place,
     genome: Genome,

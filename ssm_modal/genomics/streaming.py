@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_modal.genomics.log_probs import is_causal
 from ssm_modal.models.base import Model
 
 # The ids of tokens `first` to `last` of a sequence, int64 (last - first,) on the host.
@@ -40,22 +41,40 @@ class StreamConfig:
 
 
 class HiddenStates:
-    """The vectors of a chosen layer of a model. layer: None, what the head is given (after the last norm); 0,
-    the embedding; i, the residual stream behind block i of the backbone.
+    """The vectors of a chosen layer of a language model.
 
-    Raises ValueError for a layer that the model has not.
+    layer: None, what the head is given (after the last norm); 0, the embedding; i, the residual stream behind
+    block i of the backbone. equivariant: whether the model reads both strands with the same parameters
+    (Caduceus-PS); a vector then holds the channels of the strand given and those of the other one.
+    mean_of_strands: the mean of these two halves, which is the same for either strand.
+
+    Raises ValueError for a layer that the model has not, and for `mean_of_strands` of a model that is not
+    equivariant, TypeError for a model that is no language model.
     """
 
-    def __init__(self, model: Model, layer: int | None = None) -> None:
+    def __init__(self, model: Model, layer: int | None = None, *, mean_of_strands: bool = False) -> None:
         n = model.backbone.config.n_layers
         if layer is not None and not 0 <= layer <= n:
             raise ValueError(f"layer is {layer}, expected 0 (the embedding) to {n}, or none for the output")
         self.model: Any = model
-        self.layer = layer
+        self.layer, self.mean_of_strands = layer, mean_of_strands
+        self.causal = is_causal(model)
+        self.equivariant = getattr(model, "strands", None) is not None
+        if mean_of_strands and not self.equivariant:
+            raise ValueError(
+                f"mean_of_strands is True, but a {type(model).__name__} has vectors of one strand"
+            )
         self.device = next(model.parameters()).device
 
     def __call__(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """ids: (batch, length) int64. Returns vectors (batch, length, width) and the model's new state."""
+        vectors, state = self._vectors(ids, state)
+        if self.mean_of_strands:
+            given, other = vectors.chunk(2, dim=-1)
+            vectors = (given + other) / 2
+        return vectors, state
+
+    def _vectors(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         if self.layer is None:
             return self.model.hidden(ids, state)
         kept: list[Tensor] = []
@@ -76,7 +95,8 @@ class HiddenStates:
             _, state = self.model.hidden(ids, state)
         finally:
             hook.remove()
-        return kept[0], state
+        # The blocks of an equivariant model see the strands as rows of one batch.
+        return self.model.strands.join(kept[0]) if self.equivariant else kept[0], state
 
     @torch.inference_mode()
     def width(self) -> int:
@@ -87,7 +107,7 @@ class HiddenStates:
     def stream(self, read: ReadIds, tokens: int, config: StreamConfig) -> Iterator[tuple[int, Tensor]]:
         """(first token, vectors (n, width) on the device) of pieces that cover `tokens` tokens, each once and
         in order."""
-        if self.model.backbone.has_state:
+        if self.causal:
             state = None
             for first in range(0, tokens, config.segment):
                 ids = read(first, min(first + config.segment, tokens))

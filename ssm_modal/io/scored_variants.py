@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ssm_modal.io.atomic import put_in_place, write_aside
 from ssm_modal.io.nucleotides import GenomeError, open_text
-from ssm_modal.io.variants import is_vcf, iter_vcf, load_pysam, table_columns
+from ssm_modal.io.variants import is_vcf, iter_vcf, load_pysam, open_vcf, table_columns
 
 SCORE, NOTE = "SSM_DLL", "SSM_NOTE"
 TABLE_COLUMNS = ("ssm_dll", "ssm_note")
@@ -31,15 +31,8 @@ def check_output(source: str | os.PathLike[str], target: str | os.PathLike[str])
     if wanted.exists() and given.exists() and wanted.samefile(given):
         raise ValueError(f"the output is {str(wanted)!r}, the input itself, expected another file")
     if is_vcf(given):
-        pysam = load_pysam()
-        quiet = pysam.set_verbosity(0)
-        try:
-            with pysam.VariantFile(str(given)) as file:
-                twice = [name for name in (SCORE, NOTE) if name in file.header.info]
-        except (OSError, ValueError) as error:
-            raise GenomeError(given, f"pysam cannot read it as VCF: {error}") from error
-        finally:
-            pysam.set_verbosity(quiet)
+        with open_vcf(given) as file:
+            twice = [name for name in (SCORE, NOTE) if name in file.header.info]
     else:
         with open_text(given) as text:
             header = next((line for line in text if line.strip() and not line.startswith("##")), "")
@@ -73,33 +66,28 @@ def write_scored(
 def _write_vcf(
     given: Path, aside: Path, scores: Mapping[int, Sequence[Scored]], about: str, packed: bool
 ) -> None:
-    pysam = load_pysam()
-    quiet = pysam.set_verbosity(0)
-    try:
-        with pysam.VariantFile(str(given)) as first:
-            # Reading adds what the header lacks (contigs, INFO, FORMAT), so that the output is valid.
-            for _ in iter_vcf(given, first):
-                pass
-            header = first.header.copy()
-        header.info.add(SCORE, "A", "Float", _quoted(about))
-        header.info.add(NOTE, "A", "String", f"Why {SCORE} is missing")
-        with (
-            pysam.VariantFile(str(given)) as source,
-            pysam.VariantFile(str(aside), "wz" if packed else "w", header=header) as out,
-        ):
-            for number, record in iter_vcf(given, source):
-                if record is None or number not in scores:
-                    continue
-                record.translate(out.header)
-                found = scores[number]
-                if found:
-                    record.info[SCORE] = tuple(value for value, _ in found)
-                    notes = tuple(note.replace(" ", "_").replace(",", "") or None for _, note in found)
-                    if any(notes):
-                        record.info[NOTE] = tuple(note or "." for note in notes)
-                out.write(record)
-    finally:
-        pysam.set_verbosity(quiet)
+    with open_vcf(given) as first:
+        # Reading adds what the header lacks (contigs, INFO, FORMAT), so that the output is valid.
+        for _ in iter_vcf(given, first):
+            pass
+        header = first.header.copy()
+    header.info.add(SCORE, "A", "Float", about.replace('"', "'"))
+    header.info.add(NOTE, "A", "String", f"Why {SCORE} is missing")
+    with (
+        open_vcf(given) as source,
+        load_pysam().VariantFile(str(aside), "wz" if packed else "w", header=header) as out,
+    ):
+        for number, record in iter_vcf(given, source):
+            if record is None or number not in scores:
+                continue
+            record.translate(out.header)
+            found = scores[number]
+            if found:
+                record.info[SCORE] = tuple(value for value, _ in found)
+                notes = tuple(note.replace(" ", "_").replace(",", "") or None for _, note in found)
+                if any(notes):
+                    record.info[NOTE] = tuple(note or "." for note in notes)
+            out.write(record)
 
 
 def _write_table(
@@ -121,7 +109,3 @@ def _write_table(
                 value = ",".join("." if v is None else f"{v:.6g}" for v, _ in found) or "."
                 notes = ",".join(note.replace(",", "") or "." for _, note in found)
                 out.write("\t".join([plain, value, notes if notes.strip(".,") else "."]) + "\n")
-
-
-def _quoted(text: str) -> str:
-    return text.replace('"', "'")

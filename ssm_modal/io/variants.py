@@ -7,8 +7,12 @@ listed.
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +132,36 @@ def load_pysam() -> Any:
     return pysam
 
 
+@contextmanager
+def open_vcf(file: Path) -> Iterator[Any]:
+    """`file` as a `pysam.VariantFile`, without htslib's messages; GenomeError where it is none."""
+    pysam = load_pysam()
+    quiet = pysam.set_verbosity(0)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            plain = file
+            if _gzip_only(file):
+                # pysam reads no gzip but bgzip.
+                plain = Path(folder) / "variants.vcf"
+                with gzip.open(file, "rb") as packed, open(plain, "wb") as out:
+                    shutil.copyfileobj(packed, out)
+            try:
+                source = pysam.VariantFile(str(plain))
+            except (OSError, ValueError) as error:
+                raise GenomeError(file, f"pysam cannot read it as VCF: {error}") from error
+            with source:
+                yield source
+    finally:
+        pysam.set_verbosity(quiet)
+
+
+def _gzip_only(file: Path) -> bool:
+    """Whether `file` is gzip, but not in the blocks of bgzip (SAM specification, section 4.1)."""
+    with open(file, "rb") as source:
+        head = source.read(14)
+    return head[:2] == b"\x1f\x8b" and not (len(head) == 14 and head[3] & 4 and head[12:14] == b"BC")
+
+
 def iter_vcf(file: Path, source: Any) -> Iterator[tuple[int, Any]]:
     """(line, record) of the records of `source`, an open `pysam.VariantFile` of `file`.
 
@@ -172,29 +206,21 @@ def table_columns(file: Path, header: str) -> tuple[list[str], dict[str, int]]:
 
 def _vcf_lines(file: Path) -> Iterator[tuple[int, tuple[str, str, str, list[str], int | None] | str]]:
     """(line, (contig, position, ref, alternatives, end of a symbolic one) or what is wrong)."""
-    pysam = load_pysam()
-    quiet = pysam.set_verbosity(0)
-    try:
-        with pysam.VariantFile(str(file)) as source:
-            for number, record in iter_vcf(file, source):
-                if record is None:
-                    yield number, "pysam cannot parse it, expected the columns of VCF separated by tabs"
-                    continue
-                alts = list(record.alts or ())
-                yield number, (record.chrom, str(record.pos), record.ref or "", alts, _end_of(record))
-    except (OSError, ValueError) as error:
-        if isinstance(error, GenomeError):
-            raise
-        raise GenomeError(file, f"pysam cannot read it as VCF: {error}") from error
-    finally:
-        pysam.set_verbosity(quiet)
+    with open_vcf(file) as source:
+        for number, record in iter_vcf(file, source):
+            if record is None:
+                yield number, "pysam cannot parse it, expected the columns of VCF separated by tabs"
+                continue
+            alts = list(record.alts or ())
+            yield number, (record.chrom, str(record.pos), record.ref or "", alts, _end_of(record))
 
 
 def _end_of(record: Any) -> int | None:
     """Where a symbolic deletion ends, 0-based and half-open: END, else SVLEN; None where neither is given."""
     if record.stop > record.start + len(record.ref or ""):
         return int(record.stop)
-    length = record.info.get("SVLEN")
+    # pysam raises for a field that the header does not define.
+    length = record.info.get("SVLEN") if "SVLEN" in record.header.info else None
     if isinstance(length, tuple):
         length = length[0]
     return record.start + 1 + abs(length) if isinstance(length, int) and length else None

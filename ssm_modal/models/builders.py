@@ -143,3 +143,15 @@ def ids_classifier() -> SequenceClassifierConfig:
             d_model=128, n_layers=4, mixer=MambaConfig(), bidirectional=BidirectionalConfig()
         ),
     )
+
+
+@register_model
+def ids_classifier_s4d() -> SequenceClassifierConfig:
+    """The time-invariant baseline, of ids_classifier's size at the same d_model and n_layers."""
+    return SequenceClassifierConfig(
+        n_classes=2,
+        input=IdsConfig(vocab_size=256),
+        backbone=BackboneConfig(
+            d_model=128, n_layers=4, mixer=S4DConfig(), bidirectional=BidirectionalConfig()
+        ),
+    )
