@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from ssm_modal.datamodules.dna_plan import Stretch, split_genome
+from ssm_modal.datamodules.kmer_sharing import kmer_codes
 from ssm_modal.datamodules.species import DEFAULT_LENGTHS, SpeciesDataModule
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import GENOME_SUFFIXES, Genome, open_genome
@@ -52,15 +53,11 @@ def both_strands(digits: Digits) -> list[Digits]:
 def words(digits: Digits, length: int) -> Digits:
     """The word of `length` letters that ends at each base, as a number in base 4 (n,); -1 where it is not
     whole or not known."""
-    codes = np.zeros(len(digits), dtype=np.int64)
-    for back in range(length):
-        moved = np.zeros(len(digits), dtype=np.int64)
-        moved[back:] = digits[: len(digits) - back] & 3
-        codes |= moved << (2 * back)
-    unknown = np.concatenate([[0], np.cumsum(digits == 4)])
-    bad = np.ones(len(digits), dtype=np.bool_)
-    bad[length - 1 :] = unknown[length:] != unknown[:-length]
-    codes[bad] = -1
+    codes = np.full(len(digits), -1, dtype=np.int64)
+    if len(digits) >= length:
+        found = kmer_codes((digits & 3).astype(np.uint8), length).astype(np.int64)
+        unknown = np.concatenate([[0], np.cumsum(digits == 4)])
+        codes[length - 1 :] = np.where(unknown[length:] == unknown[:-length], found, -1)
     return codes
 
 
@@ -87,27 +84,36 @@ def order_k(train: Sequence[Digits], test: Digits, order: int) -> Floats:
     return np.where(found >= 0, table[np.maximum(found, 0)], np.nan)
 
 
-class SparseCounts:
-    """Counts of words of order + 1 letters, of any order to 30: the words that occur, sorted."""
+class Contexts:
+    """What follows each context of up to `order` letters, in both strands of `sequences`: all contexts sorted
+    by the letter before, then the one before that, so that those of a shorter order lie side by side."""
 
     def __init__(self, sequences: Sequence[Digits], order: int) -> None:
-        found = np.concatenate(
-            [words(strand, order + 1) for sequence in sequences for strand in both_strands(sequence)]
-        )
-        self.words, self.counts = np.unique(found[found >= 0], return_counts=True)
+        self.order = order
+        found = []
+        for sequence in sequences:
+            for strand in both_strands(sequence):
+                known = words(strand, order + 1) >= 0
+                found.append((contexts_of(strand, order)[known] << 2) | strand[known])
+        whole = np.sort(np.concatenate(found))
+        self.contexts = whole >> 2
+        follows = (whole & 3)[:, None] == np.arange(4)
+        self.before = np.zeros((len(whole) + 1, 4), dtype=np.int32)
+        np.cumsum(follows, axis=0, dtype=np.int32, out=self.before[1:])
 
-    def of(self, contexts: Digits) -> NDArray[np.int64]:
-        """The counts (n, 4) behind each context (n,), 0 for context -1."""
-        result = np.zeros((len(contexts), 4), dtype=np.int64)
-        place = np.searchsorted(self.words, contexts << 2)
-        for _ in range(4):
-            inside = place < len(self.words)
-            at = np.minimum(place, len(self.words) - 1)
-            mine = inside & (self.words[at] >> 2 == contexts) & (contexts >= 0)
-            rows = np.flatnonzero(mine)
-            result[rows, self.words[at[rows]] & 3] = self.counts[at[rows]]
-            place = place + 1
-        return result
+    def counts(self, rising: Digits, order: int) -> NDArray[np.int32]:
+        """The counts (n, 4) of what follows the last `order` letters of contexts in rising order (n,)."""
+        shift = 2 * (self.order - order)
+        low = (rising >> shift) << shift
+        first, last = (np.searchsorted(self.contexts, x) for x in (low, low + (1 << shift)))
+        return self.before[last] - self.before[first]
+
+
+def contexts_of(digits: Digits, order: int) -> Digits:
+    """The `order` letters before each base, the nearest first, as a number in base 4 (n,); what is not known
+    or not there reads as A."""
+    padded = np.concatenate([np.zeros(order, dtype=np.uint8), (digits & 3).astype(np.uint8)])
+    return kmer_codes(padded[::-1], order).astype(np.int64)[:0:-1]
 
 
 def mixture(train: Sequence[Digits], test: Digits, orders: Sequence[int], forget: float) -> Floats:
@@ -115,16 +121,19 @@ def mixture(train: Sequence[Digits], test: Digits, orders: Sequence[int], forget
     n = len(test)
     logs = np.zeros((n, len(orders)), dtype=np.float32)
     target = np.minimum(test, 3)
+    table = Contexts(train, max(orders))
+    contexts = contexts_of(test, max(orders))
+    rising = np.argsort(contexts)
+    # How many known letters stand before each base without a break.
+    place = np.arange(n)
+    run = place - np.concatenate([[0], np.maximum.accumulate(np.where(test == 4, place + 1, 0))[:-1]])
     for column, order in enumerate(orders):
-        table = SparseCounts(train, order)
         added = _ADDED_LONG if order >= _LONG else _ADDED_SHORT
-        # The context of a base ends just before it.
-        context = np.concatenate([[-1], words(test, order)[:-1]])
         for first in range(0, n, _PIECE):
-            part = slice(first, min(first + _PIECE, n))
-            behind = table.of(context[part])
-            own = np.take_along_axis(behind, target[part, None], 1)[:, 0]
-            logs[part, column] = np.log((own + added) / (behind.sum(1) + 4 * added))
+            at = rising[first : first + _PIECE]
+            behind = table.counts(contexts[at], order) * (run[at] >= order)[:, None]
+            own = np.take_along_axis(behind, target[at, None], 1)[:, 0]
+            logs[at, column] = np.log((own + added) / (behind.sum(1) + 4 * added))
     known = test < 4
     logs[~known] = 0.0  # they say nothing about which order is right
     weights = faded_sums(logs, forget)
@@ -210,13 +219,12 @@ def species(args: argparse.Namespace) -> None:
             + f" were taken out ({', '.join(data.classes)})",
             flush=True,
         )
+        sums = _window_sums(data, tables, args.order)
         for length in args.lengths:
             for window in data.windows("test", length):
-                digits = _DIGITS[data.genome.read(window.record, window.start, window.start + length).numpy()]
-                found = words(digits, args.order + 1)
-                found = found[found >= 0]
-                best = int(np.argmax([table.ravel()[found].sum() for table in tables]))
-                right[length].append(best == window.label)
+                total = sums[window.label, window.stretch]
+                begin, end = window.offset + args.order, window.offset + length
+                right[length].append(int(np.argmax(total[end] - total[begin])) == window.label)
                 blocks[length].append((fold, *window.block(max(args.lengths))))
     print(f"{'length':>9}{'accuracy':>10}{'95 % interval':>20}{'windows':>10}{'blocks':>8}")
     for length in args.lengths:
@@ -227,6 +235,20 @@ def species(args: argparse.Namespace) -> None:
         accuracy = float(hits.double().mean())
         interval = f"{low:.3f} to {high:.3f}"
         print(f"{length:>9}{accuracy:>10.3f}{interval:>20}{len(hits):>10,}{len(names):>8}", flush=True)
+
+
+def _window_sums(
+    data: SpeciesDataModule, tables: Sequence[Floats], order: int
+) -> dict[tuple[int, int], Floats]:
+    """Of each test stretch, by class and number, the sum of log P before each base under each table, (n + 1,
+    tables)."""
+    sums = {}
+    for label, stretches in enumerate(data.plan.held["test"]):
+        for number, stretch in enumerate(stretches):
+            found = words(_digits(data.genome, stretch), order + 1)
+            logs = np.stack([np.where(found >= 0, t.ravel()[np.maximum(found, 0)], 0.0) for t in tables], 1)
+            sums[label, number] = np.concatenate([np.zeros((1, len(tables))), np.cumsum(logs, axis=0)])
+    return sums
 
 
 def _genome(args: argparse.Namespace) -> Genome:

@@ -31,8 +31,8 @@ def canonical_kmers(letters: Letters, k: int) -> tuple[Codes, NDArray[np.bool_]]
         return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.bool_)
     unknown = np.concatenate([[0], np.cumsum(digits == 4)])
     known = unknown[k:] == unknown[:-k]
-    own = _codes(digits & 3, k)
-    other = _codes(3 - (digits[::-1] & 3), k)[::-1]
+    own = kmer_codes(digits & 3, k)
+    other = kmer_codes(3 - (digits[::-1] & 3), k)[::-1]
     return np.minimum(own, other), known
 
 
@@ -59,10 +59,7 @@ def shared_fraction(letters: Letters, kmers: Codes, k: int, block: int) -> NDArr
         codes, known = canonical_kmers(part, k)
         at = np.arange(len(codes))
         inside = known & (at % block <= block - k)
-        place = np.searchsorted(kmers, codes)
-        hit = np.zeros(len(codes), dtype=np.bool_)
-        below = place < len(kmers)
-        hit[below] = kmers[place[below]] == codes[below]
+        hit = _stand_in(codes, kmers)
         size = -(-len(part) // block)
         total = np.bincount(at[inside] // block, minlength=size)
         shared = np.bincount(at[inside & hit] // block, minlength=size)
@@ -70,7 +67,19 @@ def shared_fraction(letters: Letters, kmers: Codes, k: int, block: int) -> NDArr
     return fractions
 
 
-def _codes(digits: Letters, k: int) -> Codes:
+def _stand_in(codes: Codes, kmers: Codes) -> NDArray[np.bool_]:
+    """Whether each code is in the sorted set."""
+    found = np.zeros(len(codes), dtype=np.bool_)
+    if len(kmers):
+        # In rising order the search walks through memory instead of jumping about: several times as fast.
+        order = np.argsort(codes)
+        rising = codes[order]
+        place = np.minimum(np.searchsorted(kmers, rising), len(kmers) - 1)
+        found[order] = kmers[place] == rising
+    return found
+
+
+def kmer_codes(digits: Letters, k: int) -> Codes:
     """The k-mer that begins at each base of digits 0 to 3 (n,), uint64 (n - k + 1,): by doubling, in
     log2(k) passes."""
     powers: list[Codes] = [digits.astype(np.uint64)]  # codes of 1, 2, 4, ... letters

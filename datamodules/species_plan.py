@@ -119,8 +119,11 @@ def _most_shared(
     if not (together >= split.max_shared).any():
         return together
     # A block may share this much with all others together and yet with none of them.
-    parts = [shared_fraction(letters, kmers, split.k, split.block) for kmers in others]
-    return np.max(parts, axis=0)
+    blocks = np.flatnonzero(together >= split.max_shared)
+    chosen = np.concatenate([letters[b * split.block : (b + 1) * split.block] for b in blocks])
+    parts = [shared_fraction(chosen, kmers, split.k, split.block) for kmers in others]
+    together[blocks] = np.max(parts, axis=0)
+    return together
 
 
 def _letters(genome: Genome, stretch: Stretch) -> Letters:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pysam = pytest.importorskip("pysam")
+pytest.importorskip("pysam")
 pytest.importorskip("Bio")
+
+import pysam
 
 from ssm_modal.io.bedgraph import Track, write_bedgraph
 from ssm_modal.io.coverage import coverage
@@ -132,7 +134,8 @@ def test_scored_vcf_is_valid_and_keeps_what_there_was(tmp_path: Path, genome: Ge
         assert read.header.info["SSM_DLL"].description == "log 'P'"
         assert "chr2" in read.header.contigs
         records = list(read)
-    assert [(r.chrom, r.pos, r.id, r.qual, r.info.get("ZZ")) for r in records][0] == ("1", 2, "rs1", 7, "3")
+    one = records[0]
+    assert (one.chrom, one.pos, one.id, one.qual, one.info.get("ZZ")) == ("1", 2, "rs1", 7, "3")
     assert records[0].info["SSM_DLL"] == (-1.25, None)
     assert records[0].info["SSM_NOTE"] == (None, "spanning_deletion")
     assert records[0].samples["ann"]["GT"] is not None
