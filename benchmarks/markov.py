@@ -12,7 +12,7 @@ training.
 
 `species`: of each class a model of order k (default 4) over both strands of what is trained on; the class
 under which a window is likeliest, for every window of the test fold, folds rotated, the split of
-`SpeciesDataModule`.
+`SpeciesDataModule` without a validation fold.
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ def species(args: argparse.Namespace) -> None:
             classes,
             folds=args.folds,
             test_fold=fold,
+            validation=False,
             test_lengths=args.lengths,
             cache_dir=args.cache_dir,
         )
@@ -274,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--order", type=int, default=7)
     one.add_argument("--mixture", type=int, nargs=2, default=(2, 20), metavar=("FIRST", "LAST"))
-    one.add_argument("--forget", type=float, default=0.98, help="of an order's past, what a base leaves")
+    one.add_argument("--forget", type=float, default=0.99, help="of an order's past, what a base leaves")
     one.add_argument("--val-fraction", type=float, default=0.2)
     one.add_argument("--gap", type=int, default=1 << 17)
     two = commands.add_parser("species", parents=[both], help="accuracy by window length")

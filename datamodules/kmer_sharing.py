@@ -13,6 +13,7 @@ _CHUNK = 1 << 20  # bases whose k-mers stand in memory at once
 _DIGITS = np.full(256, 4, dtype=np.uint8)
 for _digit, _letter in enumerate(b"ACGT"):
     _DIGITS[_letter] = _digit
+_THREE = np.uint8(3)
 
 Letters = NDArray[np.uint8]
 Codes = NDArray[np.uint64]
@@ -26,13 +27,13 @@ def canonical_kmers(letters: Letters, k: int) -> tuple[Codes, NDArray[np.bool_]]
     """
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k is {k}, expected 1 to {MAX_K}")
-    digits = _DIGITS[letters]
+    digits: Letters = _DIGITS[letters]
     if len(digits) < k:
         return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.bool_)
     unknown = np.concatenate([[0], np.cumsum(digits == 4)])
     known = unknown[k:] == unknown[:-k]
-    own = kmer_codes(digits & 3, k)
-    other = kmer_codes(3 - (digits[::-1] & 3), k)[::-1]
+    own = kmer_codes(digits & _THREE, k)
+    other = kmer_codes(_THREE - (digits[::-1] & _THREE), k)[::-1]
     return np.minimum(own, other), known
 
 

@@ -81,7 +81,9 @@ def test_the_mixture_weighs_by_what_came_before() -> None:
     assert np.isnan(found[25])
     for t in (0, 1, 10, 26, 49):
         weights = np.exp(sum((forget ** (t - s) * logs[s] for s in range(t)), np.zeros(2)))
-        assert found[t] == pytest.approx(math.log((weights * np.exp(logs[t])).sum() / weights.sum()), abs=1e-5)
+        assert found[t] == pytest.approx(
+            math.log((weights * np.exp(logs[t])).sum() / weights.sum()), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 30])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -25,17 +27,17 @@ def mutation_plot(effects: Tensor, letters: str, contig: str, start: int, *, dpi
     known = effects[~effects.isnan()].abs()
     # The scale ends at the 99th percentile, so that one base does not bleach the others.
     limit = max(1e-6, float(known.kthvalue(max(1, int(0.99 * len(known)))).values) if len(known) else 0.0)
+    colors = import_module("matplotlib").colormaps["RdBu"].with_extremes(bad="0.85")
     left, right = start + 0.5, start + n + 0.5
     image = axes.imshow(
         effects.T.numpy(),
-        cmap="RdBu",
+        cmap=colors,
         vmin=-limit,
         vmax=limit,
         aspect="auto",
         interpolation="nearest",
         extent=(left, right, 3.5, -0.5),
     )
-    image.cmap.set_bad("0.85")
     axes.set_yticks(range(len(BASES)), list(BASES))
     own = [(i, BASES.index(letter)) for i, letter in enumerate(letters) if letter in BASES]
     if own and n <= 1000:
