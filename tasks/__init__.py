@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ssm_modal.tasks.base import StepOutput, TrainingTask
     from ssm_modal.tasks.classification import Classification
+    from ssm_modal.tasks.dna_language import DNALanguageModelling
     from ssm_modal.tasks.language import LanguageModelling
+    from ssm_modal.tasks.masked_language import MaskedLanguageModelling
     from ssm_modal.tasks.optimizers import OptimizerConfig
     from ssm_modal.tasks.schedules import ScheduleConfig
     from ssm_modal.tasks.species import SpeciesClassification
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Classification": "classification",
+    "DNALanguageModelling": "dna_language",
     "LanguageModelling": "language",
+    "MaskedLanguageModelling": "masked_language",
     "OptimizerConfig": "optimizers",
     "ScheduleConfig": "schedules",
     "SpeciesClassification": "species",
@@ -27,7 +31,9 @@ _HOMES = {
 
 __all__ = [
     "Classification",
+    "DNALanguageModelling",
     "LanguageModelling",
+    "MaskedLanguageModelling",
     "OptimizerConfig",
     "ScheduleConfig",
     "SpeciesClassification",

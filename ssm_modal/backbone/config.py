@@ -45,6 +45,12 @@ class BackboneConfig(Config):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{name}: dropout is {self.dropout}, expected 0 or more and below 1")
 
+    @property
+    def causal(self) -> bool:
+        """Whether no layer sees the future."""
+        mixers = [self.mixer_of(i) for i in range(self.n_layers)]
+        return self.bidirectional is None and all(getattr(m, "causal", True) for m in mixers)
+
     def mixer_of(self, layer: int) -> MixerConfig:
         """The mixer of block `layer`, counted from 0."""
         return self.mixer[layer % len(self.mixer)] if isinstance(self.mixer, tuple) else self.mixer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ssm_modal.checkpoints import load_pretrained
-from ssm_modal.cli.generate import DTYPES, find_tokenizer, pick_device
+from ssm_modal.cli.generate import DTYPES, find_device, find_tokenizer
 from ssm_modal.genomics.log_probs import LogProbs
 from ssm_modal.genomics.places import Place, place_of
 from ssm_modal.genomics.streaming import StreamConfig
@@ -160,7 +160,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
 
     Raises ValueError for a tokenizer that is none of DNA, or has more ids than the model.
     """
-    device = pick_device(args.device)
+    device = find_device(args.device)
     place = str(expand_path(args.model, "--model"))
     model = load_pretrained(place, device=device, dtype=None if args.dtype is None else DTYPES[args.dtype])
     tokenizer = find_tokenizer(place, args.tokenizer)

@@ -25,6 +25,7 @@ BESIDE = {
     "mutate": "the effect of every substitution in a region: table, track and picture",
     "embed": "embeddings of sequences of any length, by record, window or position",
     "tracks": "per-base likelihood or coverage along a region: bedGraph and picture",
+    "explain": "show which input positions drove a model's decision",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
 }

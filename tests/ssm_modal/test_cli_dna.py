@@ -29,12 +29,9 @@ PNG = b"\x89PNG"
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model, a FASTA of two records, a VCF and a BED file; the working directory too."""
     generator = torch.Generator().manual_seed(0)
-    texts = [
-        "".join("ACGT"[i] for i in torch.randint(4, (n,), generator=generator).tolist()) for n in (300, 60)
-    ]
-    (tmp_path / "g.fa").write_text(
-        f">chr1 first\n{texts[0][:200]}\n{texts[0][200:].lower()}\n>chr2\n{texts[1]}\n"
-    )
+    drawn = [torch.randint(4, (n,), generator=generator).tolist() for n in (300, 60)]
+    one, two = ("".join("ACGT"[i] for i in digits) for digits in drawn)
+    (tmp_path / "g.fa").write_text(f">chr1 first\n{one[:200]}\n{one[200:].lower()}\n>chr2\n{two}\n")
     torch.manual_seed(0)
     model = ssm_modal.create_model("mamba_lm", vocab_size=9, d_model=8, n_layers=1, d_state=4)
     model.save_pretrained(tmp_path / "model")
