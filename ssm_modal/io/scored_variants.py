@@ -4,7 +4,8 @@ new ones."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ssm_modal.io.atomic import put_in_place, write_aside
@@ -71,23 +72,33 @@ def _write_vcf(
         for _ in iter_vcf(given, first):
             pass
         header = first.header.copy()
-    header.info.add(SCORE, "A", "Float", about.replace('"', "'"))
-    header.info.add(NOTE, "A", "String", f"Why {SCORE} is missing")
-    with (
-        open_vcf(given) as source,
-        load_pysam().VariantFile(str(aside), "wz" if packed else "w", header=header) as out,
-    ):
+    with open_vcf(given) as source, _text_file(aside, packed) as out:
+        for one in (header, source.header):
+            one.info.add(SCORE, "A", "Float", about.replace('"', "'"))
+            one.info.add(NOTE, "A", "String", f"Why {SCORE} is missing")
+        out(str(header))
         for number, record in iter_vcf(given, source):
             if record is None or number not in scores:
                 continue
-            record.translate(out.header)
             found = scores[number]
             if found:
                 record.info[SCORE] = tuple(value for value, _ in found)
-                notes = tuple(note.replace(" ", "_").replace(",", "") or None for _, note in found)
+                notes = [note.replace(" ", "_").replace(",", "") for _, note in found]
                 if any(notes):
                     record.info[NOTE] = tuple(note or "." for note in notes)
-            out.write(record)
+            # As text: htslib ends the process where it is to write a record that lacked a definition.
+            out(str(record))
+
+
+@contextmanager
+def _text_file(path: Path, packed: bool) -> Iterator[Callable[[str], object]]:
+    """What writes text to `path`, plain or as bgzip."""
+    if packed:
+        with load_pysam().BGZFile(str(path), "wb") as file:
+            yield lambda text: file.write(text.encode())
+    else:
+        with open(path, "w", encoding="utf-8", newline="\n") as plain:
+            yield plain.write
 
 
 def _write_table(

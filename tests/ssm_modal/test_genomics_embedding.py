@@ -189,3 +189,44 @@ def test_places_that_cannot_be_embedded(tmp_path: Path, genome: Genome, causal: 
         HiddenStates(causal, 3)
     with pytest.raises(ValueError, match="mean_of_strands is True, but a CausalLM"):
         HiddenStates(causal, mean_of_strands=True)
+
+
+@pytest.fixture(scope="module", params=["caduceus_ph", "caduceus_ps"])
+def masked(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    return ssm_modal.create_model(request.param, d_model=8, n_layers=2, d_state=4).eval()
+
+
+@pytest.mark.parametrize("layer", [None, 0, 1])
+def test_models_of_the_whole_sequence_go_by_windows(
+    tmp_path: Path, genome: Genome, masked: Any, layer: int | None
+) -> None:
+    hidden = HiddenStates(masked, layer)
+    with torch.inference_mode():
+        whole = hidden(TOKENS.encode_letters(genome.read(0))[None])[0][0]
+        part = hidden(TOKENS.encode_letters(genome.read(0, 23, 53))[None])[0][0]
+    assert whole.shape[1] == hidden.width() == (16 if hidden.equivariant else 8)
+    config = EmbeddingConfig(by="position", stream=StreamConfig(window=30, overlap=10))
+    places = [whole_record(genome, i) for i in range(2)]
+    embed(places, genome, TOKENS, hidden, config, tmp_path / "e.safetensors", {})
+    found = load_file(tmp_path / "e.safetensors")
+    # Windows begin at 0, 20 and, moved back to the end, 23: the last counts from (23 + 50) // 2 on.
+    torch.testing.assert_close(found["a/b"][36:], part[13:])
+    wide = EmbeddingConfig(by="position", stream=StreamConfig(window=60, overlap=0))
+    embed(places, genome, TOKENS, hidden, wide, tmp_path / "w.safetensors", {})
+    torch.testing.assert_close(load_file(tmp_path / "w.safetensors")["a/b"], whole)
+
+
+def test_the_mean_over_strands_is_invariant(tmp_path: Path, genome: Genome, masked: Any) -> None:
+    config = EmbeddingConfig(both_strands=True)
+    places = [Place("plus", 0, 3, 40, "+"), Place("minus", 0, 3, 40, "-")]
+    embed(places, genome, TOKENS, HiddenStates(masked), config, tmp_path / "e.safetensors", {})
+    plus, minus = load_file(tmp_path / "e.safetensors")["embeddings"]
+    assert plus.shape == (8,)
+    torch.testing.assert_close(plus, minus)
+    embed(places, genome, TOKENS, HiddenStates(masked), EmbeddingConfig(), tmp_path / "s.safetensors", {})
+    plus, minus = load_file(tmp_path / "s.safetensors")["embeddings"]
+    if masked.strands is None:
+        assert not torch.allclose(plus, minus, atol=1e-3)
+    else:
+        torch.testing.assert_close(minus, plus.roll(8))

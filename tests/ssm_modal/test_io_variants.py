@@ -137,7 +137,7 @@ def test_scored_vcf_is_valid_and_keeps_what_there_was(tmp_path: Path, genome: Ge
     one = records[0]
     assert (one.chrom, one.pos, one.id, one.qual, one.info.get("ZZ")) == ("1", 2, "rs1", 7, "3")
     assert records[0].info["SSM_DLL"] == (-1.25, None)
-    assert records[0].info["SSM_NOTE"] == (None, "spanning_deletion")
+    assert records[0].info["SSM_NOTE"] == (".", "spanning_deletion")
     assert records[0].samples["ann"]["GT"] is not None
     assert (records[1].chrom, records[1].alts, len(records)) == ("chr2", None, 2)
     assert (out.read_bytes()[:2] == b"\x1f\x8b") == (ending == ".vcf.gz")
