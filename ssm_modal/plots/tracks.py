@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ssm_modal.plots.figure import new_figure, png
 
-_POINTS = 2000  # more bases than this are drawn as means and ranges of bins
+_POINTS = 2000  # more bases than this are drawn as means and ranges of `_BINS` bins
+_BINS = 400
 
 
 def track_plot(
@@ -27,9 +28,9 @@ def track_plot(
     n = wide.shape[0]
     if n <= _POINTS:
         at = start + 1 + torch.arange(n)
-        axes.plot(at, wide, color="#1f77b4", linewidth=0.8, marker="." if n <= 300 else "", markersize=3)
+        axes.step(at, wide, where="mid", color="#1f77b4", linewidth=0.8)
     else:
-        size = -(-n // (_POINTS // 2))
+        size = -(-n // _BINS)
         binned = F.pad(wide, (0, -n % size), value=float("nan")).view(-1, size)
         at = start + 1 + size * torch.arange(binned.shape[0]) + size / 2
         low, high = (torch.nanquantile(binned, q, dim=1) for q in (0.05, 0.95))
