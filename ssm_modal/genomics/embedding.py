@@ -12,6 +12,7 @@ its length. What is kept of a job that was stopped is every whole sequence.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,8 +111,13 @@ def embed(
     names = [place.name for place in places]
     for place in places:
         check_place(place, genome, tokenizer, config)
-    if twice := {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set():
-        raise ValueError(f"places holds the name {min(twice)!r} several times, expected each once")
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times != 1:
+        raise ValueError(
+            f"places holds the name {name!r} several times, expected each once"
+            if names
+            else "places is empty"
+        )
     tokens = [tokenizer.tokens_in(place.bases) for place in places]
     rows = (
         {MATRIX: len(places)}
@@ -119,6 +125,9 @@ def embed(
         else {name: config.rows(n) for name, n in zip(names, tokens)}
     )
     partial, notes = (target.with_name(f".{target.name}.{end}") for end in ("partial", "progress"))
+    if not partial.is_file():
+        # Nothing is there to go on with: a job that was stopped just when its output was in place.
+        notes.unlink(missing_ok=True)
     if config.both_strands and hidden.equivariant:
         hidden = HiddenStates(hidden.model, hidden.layer, mean_of_strands=True)
         strands = 1

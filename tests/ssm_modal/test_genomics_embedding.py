@@ -230,3 +230,14 @@ def test_the_mean_over_strands_is_invariant(tmp_path: Path, genome: Genome, mask
         assert not torch.allclose(plus, minus, atol=1e-3)
     else:
         torch.testing.assert_close(minus, plus.roll(8))
+
+
+def test_a_journal_without_its_matrices_is_not_gone_on_with(
+    tmp_path: Path, genome: Genome, causal: Any
+) -> None:
+    """As a kill leaves it between the output's rename and the removal of the journal."""
+    places = [whole_record(genome, i) for i in range(2)]
+    target = tmp_path / "e.safetensors"
+    (tmp_path / ".e.safetensors.progress").write_text('{"a": 1}\n["0", true]\n["1", true]\n')
+    embed(places, genome, TOKENS, HiddenStates(causal), EmbeddingConfig(), target, {"a": 1})
+    assert not (load_file(target)["embeddings"] == 0).all(1).any()
