@@ -64,9 +64,9 @@ class Backbone(nn.Module):
         """The one place where initialisation depends on the depth.
 
         Linear biases start at zero. Every weight that writes into the residual stream is divided by the root
-        of the number of such writes, n_layers or 2 n_layers with MLPs, as GPT-2 and the published Mamba do.
+        of the number of such writes, one a mixer and one an MLP, as GPT-2 and the published Mamba do.
         """
-        writes = self.config.n_layers * (1 if self.config.mlp is None else 2)
+        writes = sum(1 if block.mlp is None else 2 for block in self._blocks())
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
