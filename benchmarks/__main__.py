@@ -32,7 +32,9 @@ MODULES = (
     "large",
     "accuracy",
     "lengths",
+    "vision",
     "cpu",
+    "hidden_rows",
 )
 OUT = Path("runs/benchmarks")
 # Seconds that a whole run may take; cases named by --only take what they need.

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 import ssm_modal
 from ssm_modal.backbone import Backbone
-from ssm_modal.checkpoints.native import check_fit
+from ssm_modal.checkpoints.fit import check_fit
 from ssm_modal.cli.logged_steps import logs_this_step
 from ssm_modal.errors import CheckpointError
 from ssm_modal.heads.chunked_loss import IGNORE
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers import collect_routing, load_balancing_loss
+from ssm_modal.layers.moe import moe_layers
 from ssm_modal.tasks.graphed import GraphedStep
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
 from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
@@ -34,7 +36,9 @@ except ImportError as error:
 DEFAULT_OPTIMIZER = OptimizerConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
 Recompute = Literal["none", "blocks"]
+InitPart = Literal["all", "backbone", "encoder"]
 
+MODEL_INPUTS = ("ids", "waveform", "pixels", "images")
 _CHECKPOINT_KEY = "ssm_modal"
 
 
@@ -54,11 +58,14 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def model_input(batch: Mapping[str, Any]) -> Tensor:
-    """What the model reads of a batch: its `ids`, or its `waveform`; (batch, length)."""
-    for name in ("ids", "waveform"):
+    """What the model reads of a batch: its `ids` or `waveform` (batch, length), its `pixels` (batch, length,
+    channels) or its `images` (batch, channels, height, width)."""
+    for name in MODEL_INPUTS:
         if name in batch:
             return batch[name]
-    raise ValueError(f"the batch has the keys {', '.join(map(str, batch))}, expected ids or waveform")
+    raise ValueError(
+        f"the batch has the keys {', '.join(map(str, batch))}, expected one of {', '.join(MODEL_INPUTS)}"
+    )
 
 
 class TrainingTask(LightningModule):
@@ -70,14 +77,16 @@ class TrainingTask(LightningModule):
         optimizer: AdamW and its parameter groups.
         schedule: the learning rate over the run.
         init_from: weights to start from: a folder of `save_pretrained`, a run's folder or a `.ckpt`.
-        init_part: "all" of them, or the "backbone" alone, under a new head and embedding.
+        init_part: "all" of them; the "encoder", which is the token embedding and the backbone, under a new
+            head; or the "backbone" alone, under a new head and embedding. Names and shapes must be the same.
         recompute: "blocks" keeps only the input of each block in training and computes the rest of it again
             in the backward (memory: one block's activations beside the inputs of all), for models that need
             the whole sequence, such as bidirectional ones; "none" leaves it to the model's own
             `gradient_checkpointing`. Gradients are the same.
 
-    A batch is a dict with `ids` (batch, length) int64 or `waveform` (batch, length) float32, `labels` (-100
-    where nothing is predicted) and optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once
+    A batch is a dict with `ids` (batch, length) int64, `waveform` (batch, length) float32, `pixels` (batch,
+    length, channels) float32 or `images` (batch, channels, height, width) float32, `labels` (-100 where
+    nothing is predicted) and optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once
     a batch and on the host.
     """
 
@@ -90,10 +99,12 @@ class TrainingTask(LightningModule):
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
-        init_part: Literal["all", "backbone"] = "all",
+        init_part: InitPart = "all",
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
+        if init_part not in ("all", "backbone", "encoder"):
+            raise ValueError(f"init_part is {init_part!r}, expected all, backbone or encoder")
         if recompute not in ("none", "blocks"):
             raise ValueError(f"recompute is {recompute!r}, expected none or blocks")
         overrides = dict(overrides or {})
@@ -130,7 +141,8 @@ class TrainingTask(LightningModule):
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The model's logits for a batch, packed or not."""
         x, seqs = model_input(batch), batch.get("seqs")
-        return (self.model(x, seqs=seqs) if seqs is not None else self.model(x))[0]
+        out = self.model(x, seqs=seqs) if seqs is not None else self.model(x)
+        return out if isinstance(out, Tensor) else out[0]  # models of images carry no state
 
     def model_config(self) -> dict[str, Any]:
         """The model's whole config as plain data."""
@@ -155,21 +167,16 @@ class TrainingTask(LightningModule):
                 "sequence and carries no state; set recompute: blocks instead"
             )
 
-    def _start_from(self, path: str, part: str) -> None:
+    def _start_from(self, path: str, part: InitPart) -> None:
         source: Any = ssm_modal.load_pretrained(path)
-        target: Any = self.model
-        if part == "backbone":
-            if not hasattr(source, "backbone"):
-                raise ValueError(f"init_from={path!r} holds a {type(source).__name__}, which has no backbone")
-            source, target = source.backbone, target.backbone
-        given = source.state_dict()
-        try:
-            check_fit(target, given, f"init_from={path!r} ({part})")
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; set the model's overrides as there, or take init_part: backbone"
-            ) from None
-        target.load_state_dict(given)
+        for name, target, given in _parts(self.model, source, f"init_from={path!r}", part):
+            tensors = given.state_dict()
+            try:
+                check_fit(target, tensors, f"init_from={path!r} ({name})")
+            except CheckpointError as error:
+                other = "" if part == "backbone" else ", or take init_part: backbone"
+                raise CheckpointError(f"{error}; set the model's overrides as there{other}") from None
+            target.load_state_dict(tensors)
 
     # ------------------------------------------------------------------ optimisation
 
@@ -212,8 +219,10 @@ class TrainingTask(LightningModule):
         np.random.seed(own % 2**32)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The mean loss over the targets of all processes' batches."""
-        out = self._train_step(batch)
+        """The mean loss over the targets of all processes' batches, and of a mixture of experts the
+        load-balancing loss of this process' batch times `aux_loss_coef`."""
+        with collect_routing(self.model) as routing:
+            out = self._train_step(batch)
         totals = torch.stack([out.loss.detach().double(), out.count.double()])
         world = int(self.trainer.world_size)
         if world > 1:
@@ -222,6 +231,11 @@ class TrainingTask(LightningModule):
         # DDP averages gradients over the processes: with this factor the result is the mean over all targets,
         # also where the processes hold unequal numbers of them.
         loss = out.loss * (world / count).to(out.loss.dtype)
+        if routing:
+            balance = load_balancing_loss(routing)
+            loss = loss + self._backbone("aux_loss_coef").config.aux_loss_coef * balance
+            if logs_this_step(self.trainer):
+                self.log("train/load_balancing_loss", balance.detach().float())
         if logs_this_step(self.trainer):
             self.log("train/loss", (totals[0] / count).float(), prog_bar=True)
         return loss
@@ -232,8 +246,14 @@ class TrainingTask(LightningModule):
     def train_by_graphs(self, most: int) -> None:
         """From now on forward and backward of a training step are one CUDA graph for each kind of batch.
 
-        most: kinds that may be recorded; see `GraphedStep`.
+        most: kinds that may be recorded; see `GraphedStep`. Raises ValueError for a mixture of experts, whose
+        load-balancing loss is added outside of what is recorded.
         """
+        if moe_layers(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} is a mixture of experts, whose training steps cannot be CUDA "
+                "graphs; leave CudaGraphs out"
+            )
         self._graphed = GraphedStep(
             lambda batch: self.step(batch, "train"), list(self.parameters()), most=most
         )
@@ -357,6 +377,21 @@ class TrainingTask(LightningModule):
                 "from the average with an optimizer that is at the weights; give the callback WeightAverage "
                 "in trainer.callbacks as there, or start another run from the average with init_from"
             )
+
+
+def _parts(target: Any, source: Any, where: str, part: InitPart) -> list[tuple[str, nn.Module, nn.Module]]:
+    """The modules of the models `target` and `source` that `part` means, each with its name."""
+    if part == "all":
+        return [("all", target, source)]
+    names = ["backbone"] if part == "backbone" else ["token_embedding", "backbone"]
+    for whose, model in ((where, source), ("the model", target)):
+        for name in names:
+            if getattr(model, name, None) is None:
+                raise ValueError(
+                    f"init_part is {part!r}, but {whose} is a {type(model).__name__} without "
+                    f"{name.replace('_', ' ')}"
+                )
+    return [(name.replace("_", " "), getattr(target, name), getattr(source, name)) for name in names]
 
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -220,7 +220,19 @@ def stage_rows(
         stage_wait()
         if BRING is not None:
             _bring_rows(
-                base, b_row, first, count, step, b_stride, BRING, BROUGHT, WIDE, STAGE, BLOCK_N, BLOCK_D, AHEAD
+                base,
+                b_row,
+                first,
+                count,
+                step,
+                b_stride,
+                BRING,
+                BROUGHT,
+                WIDE,
+                STAGE,
+                BLOCK_N,
+                BLOCK_D,
+                AHEAD,
             )
             if c_row is not None:
                 _bring_rows(

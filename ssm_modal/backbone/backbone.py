@@ -64,9 +64,9 @@ class Backbone(nn.Module):
         """The one place where initialisation depends on the depth.
 
         Linear biases start at zero. Every weight that writes into the residual stream is divided by the root
-        of the number of such writes, n_layers or 2 n_layers with MLPs, as GPT-2 and the published Mamba do.
+        of the number of such writes, one a mixer and one an MLP, as GPT-2 and the published Mamba do.
         """
-        writes = self.config.n_layers * (1 if self.config.mlp is None else 2)
+        writes = sum(1 if block.mlp is None else 2 for block in self._blocks())
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
@@ -96,18 +96,33 @@ class Backbone(nn.Module):
         branch = x
         residual: Tensor | None = None
         new: list[State | None] = []
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for i, block in enumerate(self.layers):
+        for i in range(len(self.layers)):
             own = None if state is None else state[i]
-            if again:
-                branch, residual, after = checkpoint(block, branch, residual, own, seqs, use_reentrant=False)
-            else:
-                branch, residual, after = block(branch, residual, own, seqs)
+            branch, residual, after = self.run_block(i, branch, residual, own, seqs)
             new.append(after)
         assert residual is not None  # there is at least one block
-        out, _ = self.norm.add(branch, residual, self.config.residual_in_fp32)
+        out = self.finish(branch, residual)
         states = tuple(s for s in new if s is not None)
         return out, BackboneState(states) if self.has_state else None
+
+    def run_block(
+        self,
+        i: int,
+        branch: Tensor,
+        residual: Tensor | None,
+        state: State | None = None,
+        seqs: Sequences | None = None,
+    ) -> tuple[Tensor, Tensor, State | None]:
+        """Block `i` of the stream branch + residual (see `Block`), with gradient checkpointing where that is
+        on."""
+        block = self.layers[i]
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, branch, residual, state, seqs, use_reentrant=False)
+        return block(branch, residual, state, seqs)
+
+    def finish(self, branch: Tensor, residual: Tensor) -> Tensor:
+        """The final norm of branch + residual."""
+        return self.norm.add(branch, residual, self.config.residual_in_fp32)[0]
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -18,7 +18,7 @@ from ssm_modal.io.text import expand_path, read_text
 from ssm_modal.models import CausalLM
 from ssm_modal.tokenizers import TextTokenizer, build_tokenizer, load_tokenizer, tokenizer_from_config
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same seed gives the same text; default: a new one each time",
     )
     add("--device", default="auto", help='"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one')
-    add("--dtype", choices=sorted(_DTYPES), help="dtype of the weights; default: as they were saved")
+    add("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: as they were saved")
     add("--no-stream", action="store_true", help="print each text when it is complete, not as it comes")
 
 
@@ -118,8 +118,8 @@ def run(args: argparse.Namespace) -> int:
     for text in texts:
         if not text:
             raise ValueError("--prompt is empty, expected a text of at least one character to continue")
-    device = _device(args.device)
-    dtype = None if args.dtype is None else _DTYPES[args.dtype]
+    device = find_device(args.device)
+    dtype = None if args.dtype is None else DTYPES[args.dtype]
     place = str(expand_path(args.model, "--model"))
     model = load_pretrained(place, device=device, dtype=dtype)
     if not isinstance(model, CausalLM):
@@ -183,7 +183,8 @@ def _stored_tokenizer(place: Path) -> TextTokenizer | None:
     return None
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that --device means; ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

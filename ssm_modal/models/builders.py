@@ -1,4 +1,4 @@
-"""The registered models: numbers only.
+"""The registered models that are none of the published ones: numbers only.
 
 `mamba_lm`, `s4d_lm` and `transformer_lm` are small models to be sized by overrides. They compare at the same
 d_model and about the same parameters: a Mamba layer and an S4D layer have about 6 d_model^2 weights, a
@@ -7,20 +7,30 @@ Transformer block (attention 4 d_model^2, MLP 8 d_model^2) twice that, so it tak
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ssm_modal.backbone import BackboneConfig
 from ssm_modal.layers import (
     AttentionConfig,
     BidirectionalConfig,
+    FilterbankConfig,
     IdsConfig,
     MambaConfig,
     MLPConfig,
     S4DConfig,
+    StrandsConfig,
     StridedWaveformConfig,
     WaveformConfig,
 )
 from ssm_modal.models.causal_lm import CausalLMConfig
 from ssm_modal.models.classifier import SequenceClassifierConfig
+from ssm_modal.models.masked_lm import MaskedLMConfig
 from ssm_modal.models.registry import register_model
+from ssm_modal.models.sequence_cnn import SequenceCNNConfig
+from ssm_modal.models.waveform_cnn import WaveformCNNConfig
+from ssm_modal.tokenizers.dna import NucleotideTokenizer
+
+_NUCLEOTIDES = NucleotideTokenizer().vocab_size
 
 
 @register_model
@@ -59,45 +69,6 @@ def hybrid_lm() -> CausalLMConfig:
     )
 
 
-def _published(d_model: int, n_layers: int) -> CausalLMConfig:
-    """The sizes of arXiv 2312.00752, table 12: the GPT-NeoX vocabulary padded to a multiple of 8, tied."""
-    return CausalLMConfig(
-        vocab_size=50280,
-        backbone=BackboneConfig(d_model=d_model, n_layers=n_layers, mixer=MambaConfig()),
-        pad_vocab_multiple=8,
-    )
-
-
-@register_model
-def mamba_130m() -> CausalLMConfig:
-    """mamba-130m."""
-    return _published(768, 24)
-
-
-@register_model
-def mamba_370m() -> CausalLMConfig:
-    """mamba-370m."""
-    return _published(1024, 48)
-
-
-@register_model
-def mamba_790m() -> CausalLMConfig:
-    """mamba-790m."""
-    return _published(1536, 48)
-
-
-@register_model
-def mamba_1_4b() -> CausalLMConfig:
-    """mamba-1.4b."""
-    return _published(2048, 48)
-
-
-@register_model
-def mamba_2_8b() -> CausalLMConfig:
-    """mamba-2.8b."""
-    return _published(2560, 64)
-
-
 @register_model
 def audio_classifier() -> SequenceClassifierConfig:
     """Ten classes of waveforms at 8 or 16 kHz: a strided front end under Mamba in both directions."""
@@ -134,6 +105,26 @@ def audio_classifier_s4d() -> SequenceClassifierConfig:
 
 
 @register_model
+def audio_classifier_filterbank() -> SequenceClassifierConfig:
+    """Ten classes of waveforms at 8 kHz: log energies of learned filters every 10 ms under Mamba in both
+    directions."""
+    return SequenceClassifierConfig(
+        n_classes=10,
+        input=FilterbankConfig(),
+        backbone=BackboneConfig(
+            d_model=64, n_layers=4, mixer=MambaConfig(), dropout=0.1, bidirectional=BidirectionalConfig()
+        ),
+        head_dropout=0.2,
+    )
+
+
+@register_model
+def waveform_cnn() -> WaveformCNNConfig:
+    """Ten classes of waveforms at 8 kHz: the plain convolutional baseline."""
+    return WaveformCNNConfig(n_classes=10)
+
+
+@register_model
 def ids_classifier() -> SequenceClassifierConfig:
     """Two classes of byte sequences, Mamba in both directions, to be sized by overrides."""
     return SequenceClassifierConfig(
@@ -143,3 +134,75 @@ def ids_classifier() -> SequenceClassifierConfig:
             d_model=128, n_layers=4, mixer=MambaConfig(), bidirectional=BidirectionalConfig()
         ),
     )
+
+
+@register_model
+def dna_lm() -> CausalLMConfig:
+    """Causal Mamba over nucleotides, to be sized by overrides."""
+    return CausalLMConfig(
+        vocab_size=_NUCLEOTIDES, backbone=BackboneConfig(d_model=256, n_layers=8, mixer=MambaConfig())
+    )
+
+
+def _bimamba(d_model: int, n_layers: int) -> BackboneConfig:
+    """BiMamba of arXiv 2403.03234: two directions added under one pair of projections."""
+    return BackboneConfig(
+        d_model=d_model,
+        n_layers=n_layers,
+        mixer=MambaConfig(),
+        bidirectional=BidirectionalConfig(combine="sum", share="projections"),
+    )
+
+
+@register_model
+def caduceus_ps() -> MaskedLMConfig:
+    """Caduceus-PS over nucleotides, of the size of the published model for windows of 131,072 bases
+    (kuleshov-group/caduceus: d_model 256, which counts one strand, 16 layers)."""
+    return MaskedLMConfig(vocab_size=_NUCLEOTIDES, backbone=_bimamba(256, 16), strands=StrandsConfig())
+
+
+@register_model
+def caduceus_ph() -> MaskedLMConfig:
+    """Caduceus-Ph: caduceus_ps without its second strand, to be trained on windows of either strand
+    (`reverse_complement: true` of the data)."""
+    return MaskedLMConfig(vocab_size=_NUCLEOTIDES, backbone=_bimamba(256, 16))
+
+
+def _dna_classifier(strands: StrandsConfig | None = None) -> SequenceClassifierConfig:
+    return SequenceClassifierConfig(
+        n_classes=2,
+        input=IdsConfig(vocab_size=_NUCLEOTIDES),
+        backbone=_bimamba(128, 4),
+        strands=strands,
+    )
+
+
+@register_model
+def caduceus_ps_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA, the same for both strands: the backbone of caduceus_ps, four layers."""
+    return _dna_classifier(StrandsConfig())
+
+
+@register_model
+def caduceus_ph_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA, trained on one strand at a time and evaluated on both, averaged."""
+    return replace(_dna_classifier(StrandsConfig()), strand_use="evaluation")
+
+
+@register_model
+def dna_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA read on the strand given alone: the plain model beside caduceus_ps_classifier."""
+    return _dna_classifier()
+
+
+@register_model
+def dna_classifier_s4d() -> SequenceClassifierConfig:
+    """The time-invariant baseline, of dna_classifier's size at the same d_model and n_layers."""
+    plain = _dna_classifier()
+    return replace(plain, backbone=replace(plain.backbone, mixer=S4DConfig()))
+
+
+@register_model
+def dna_cnn() -> SequenceCNNConfig:
+    """Two classes of DNA by three convolutions: the baseline."""
+    return SequenceCNNConfig(n_classes=2, vocab_size=_NUCLEOTIDES)

@@ -16,8 +16,12 @@ from ssm_modal.layers import AttentionConfig, MambaConfig, MLPConfig, S4DConfig
 from ssm_modal.models import (
     CausalLM,
     CausalLMConfig,
+    MaskedLMConfig,
     ModelConfig,
     SequenceClassifierConfig,
+    SequenceCNNConfig,
+    VisionMambaConfig,
+    WaveformCNNConfig,
     model_config,
     register_model,
 )
@@ -179,7 +183,10 @@ def test_configs_go_to_json_and_back() -> None:
         (lambda d: d["backbone"]["mixer"][1].pop("type"), r"mixer.1: the key 'type' is missing"),
         (lambda d: d["backbone"].pop("d_model"), "backbone: the key 'd_model' is missing"),
         (lambda d: d["backbone"].update(d_model="8"), "backbone.d_model: got '8', expected an integer"),
-        (lambda d: d["backbone"].update(mlp=3), "backbone.mlp: got 3, expected MLPConfig or None"),
+        (
+            lambda d: d["backbone"].update(mlp=3),
+            "backbone.mlp: got 3, expected FeedForwardConfig or a list",
+        ),
         (lambda d: d.update(backbone=None), "backbone: expected a mapping"),
         (lambda d: d.update(type="mamba"), "unknown type 'mamba'"),
     ],
@@ -200,7 +207,7 @@ def test_overrides_short_dotted_and_nested() -> None:
     nested = model_config("mamba_lm", backbone={"n_layers": 3, "mixer": {"expand": 1}})
     assert nested.backbone == BackboneConfig(d_model=256, n_layers=3, mixer=MambaConfig(expand=1))  # type: ignore[attr-defined]
     other = model_config(
-        "mamba_lm", mixer={"type": "s4d", "init": "inv"}, d_state=9, mlp={"activation": "gelu"}
+        "mamba_lm", mixer={"type": "s4d", "init": "inv"}, d_state=9, mlp={"type": "mlp", "activation": "gelu"}
     )
     assert other.backbone.mixer == S4DConfig(init="inv", d_state=9)  # type: ignore[attr-defined]
     assert other.backbone.mlp == MLPConfig("gelu")  # type: ignore[attr-defined]
@@ -297,19 +304,39 @@ def test_registering_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_registered_model_builds_and_runs_small(name: str) -> None:
     config = model_config(name)
     assert ModelConfig.from_dict(config.to_dict()) == config
+    if isinstance(config, SequenceCNNConfig):
+        logits, state = ssm_modal.create_model(name, n_classes=3, d_model=32)(torch.tensor([[1, 2, 3] * 4]))
+        assert logits.shape == (1, 3)
+        assert state is None
+        return
+    if isinstance(config, WaveformCNNConfig):
+        logits, state = ssm_modal.create_model(name, n_classes=3)(torch.randn(2, 800))
+        assert logits.shape == (2, 3)
+        assert state is None
+        return
+    if isinstance(config, VisionMambaConfig):
+        pytest.importorskip("timm")
+        vision = ssm_modal.create_model(name, n_classes=3, d_model=32, n_layers=2, img_size=32)
+        logits = vision(torch.randn(1, config.in_chans, 32, 32))
+        assert logits.shape == (1, 3)
+        assert torch.isfinite(logits).all()
+        return
     if isinstance(config, SequenceClassifierConfig):
         classifier = ssm_modal.create_model(name, n_classes=3, d_model=32, n_layers=2)
-        x = torch.tensor([[1, 2, 3]]) if config.input.type == "ids" else torch.randn(1, 40)
+        shape = (1, 40, config.input.channels) if config.input.type == "vectors" else (1, 40)
+        x = torch.tensor([[1, 2, 3]]) if config.input.type == "ids" else torch.randn(shape)
         logits, state = classifier(x)
         assert logits.shape == (1, 3)
         assert torch.isfinite(logits).all()
-        assert (state is not None) == config.causal
+        assert (state is not None) == (config.causal and config.strands is None)
         return
-    model = ssm_modal.create_model(name, vocab_size=10, d_model=32, n_layers=2)
+    # A model of both strands has the vocabulary of its tokenizer alone.
+    vocab_size = config.vocab_size if getattr(config, "strands", None) else 10
+    model = ssm_modal.create_model(name, vocab_size=vocab_size, d_model=32, n_layers=2)
     logits, state = model(torch.tensor([[1, 2, 3]]))
-    assert logits.shape == (1, 3, 10)
+    assert logits.shape == (1, 3, vocab_size)
     assert torch.isfinite(logits).all()
-    assert len(state) == 2
+    assert state is None if isinstance(config, MaskedLMConfig) else len(state) == 2
 
 
 @pytest.mark.parametrize(

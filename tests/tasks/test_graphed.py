@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssm_modal.cli.callbacks import CudaGraphs
 from ssm_modal.cli.main import main
+from ssm_modal.tasks import LanguageModelling
 from ssm_modal.tasks.graphed import WARM_UP, GraphedStep, Recording
 from ssm_modal.tasks.step_output import StepOutput
 from tests.tasks.tiny import command, load, weights
@@ -120,6 +121,12 @@ def test_what_cannot_be_recorded() -> None:
         graphed({"x": torch.ones(1, 2)})
 
 
+def test_a_mixture_of_experts_is_refused() -> None:
+    task = LanguageModelling("jamba_lm", {"vocab_size": 11, "d_model": 16, "n_layers": 2})
+    with pytest.raises(ValueError, match="is a mixture of experts"):
+        task.train_by_graphs(16)
+
+
 def graphs(**options: object) -> dict[str, object]:
     return {"trainer.callbacks": "[{class_path: ssm_modal.cli.callbacks.CudaGraphs}]", **options}
 
@@ -161,11 +168,11 @@ def test_graphed_equals_plain_on_a_gpu(
     assert main(command(graphed, max_steps=7, **graphs(**options))) == 0
     assert main([*command(graphed, max_steps=12, **graphs(**options)), "--ckpt_path=last"]) == 0
     assert load(graphed)["global_step"] == 12
-    start = torch.cat([v.flatten().float() for v in weights(plain, "last").values()])
-    end = torch.cat([v.flatten().float() for v in weights(graphed, "last").values()])
-    # Twelve steps of 0.01 move a weight by about 0.1; other dropout or a lost gradient shows at once.
-    worst = (start - end).abs().max().item()
-    assert worst < (2e-3 if precision == "32-true" else 2e-2), worst
+    a = torch.cat([v.flatten().float() for v in weights(plain, "last").values()])
+    b = torch.cat([v.flatten().float() for v in weights(graphed, "last").values()])
+    # Twelve steps of 0.01 move a weight by about 0.1; a gradient that is all rounding may take another sign.
+    error = (a - b).abs().mean().item()
+    assert error < (2e-4 if precision == "32-true" else 2e-3), error
 
 
 @pytest.mark.gpu
