@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ssm_modal.backbone.base import BackboneBase, BackboneBaseConfig
 from ssm_modal.errors import ConfigError
 from ssm_modal.layers.bidirectional import BidirectionalConfig
-from ssm_modal.layers.config import Config, check_positive
+from ssm_modal.layers.config import check_positive
 from ssm_modal.layers.mamba import MambaConfig
 from ssm_modal.layers.mixer import MixerConfig
 from ssm_modal.layers.mlp import MLPConfig
 
 
 @dataclass(frozen=True)
-class BackboneConfig(Config):
+class BackboneConfig(BackboneBaseConfig):
     """n_layers blocks of width d_model.
 
     mixer: one config for every block, or a tuple repeated over them: layer i takes mixer[i % len(mixer)], so
@@ -26,7 +27,6 @@ class BackboneConfig(Config):
     """
 
     type: ClassVar[str] = "backbone"
-    d_model: int
     n_layers: int
     mixer: MixerConfig | tuple[MixerConfig, ...] = field(default_factory=MambaConfig)
     mlp: MLPConfig | None = None
@@ -44,6 +44,19 @@ class BackboneConfig(Config):
             raise ConfigError(f"{name}: mixer is an empty list, expected at least one mixer")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{name}: dropout is {self.dropout}, expected 0 or more and below 1")
+
+    def build(self) -> BackboneBase:
+        from ssm_modal.backbone.backbone import Backbone  # its blocks are made of this config
+
+        return Backbone(self)
+
+    def sees_the_future(self) -> str | None:
+        if self.bidirectional is not None:
+            return "backbone.bidirectional is set"
+        for i in range(self.n_layers):
+            if getattr(self.mixer_of(i), "causal", True) is False:
+                return f"the mixer of layer {i} has causal=False"
+        return None
 
     def mixer_of(self, layer: int) -> MixerConfig:
         """The mixer of block `layer`, counted from 0."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssm_modal.backbone import Backbone
+from ssm_modal.backbone import BackboneBase
 from ssm_modal.checkpoints.locate import locate
 from ssm_modal.errors import CheckpointError, ConfigError
 from ssm_modal.models.base import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, Model, ModelConfig
@@ -37,20 +37,20 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Backbone: ...
+) -> BackboneBase: ...
 def load_pretrained(
     path: str | os.PathLike[str],
     part: str | None = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Model | Backbone:
+) -> Model | BackboneBase:
     """The model (in eval mode) that was saved or trained at `path`, with its weights.
 
     Args:
         path: a folder written by `save_pretrained`; the folder of a training run (its best checkpoint, else
             its last); a .ckpt file of one; or the id of a Hugging Face repository that holds the first.
-        part: None for the whole model, "backbone" for its `Backbone` alone.
+        part: None for the whole model, "backbone" for its backbone alone.
         device: where the weights go; None for the CPU.
         dtype: what the weights are cast to; None keeps what was saved. `A_log`, `D` and `dt_bias` stay fp32.
 
@@ -67,7 +67,7 @@ def load_pretrained(
         config: ModelConfig = ModelConfig.from_dict(plain)
         # On meta nothing is allocated, and the caller's random numbers are left as they are.
         with torch.device("meta"):
-            model: Model | Backbone = config.build() if part is None else Backbone(config.backbone_config)
+            model: Model | BackboneBase = config.build() if part is None else config.backbone_config.build()
     except ConfigError as error:
         raise CheckpointError(f"{found}: the config is not one of this version's: {error}") from error
     if part == "backbone":

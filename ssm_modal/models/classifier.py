@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ssm_modal.backbone import Backbone, BackboneConfig, BackboneState
+from ssm_modal.backbone import BackboneBaseConfig
 from ssm_modal.errors import ConfigError, StateError
 from ssm_modal.heads.classification import ClassificationHead, Pooling, PoolingState
 from ssm_modal.kernels.sequences import Sequences
@@ -29,7 +29,7 @@ class SequenceClassifierConfig(ModelConfig):
 
     type: ClassVar[str] = "sequence_classifier"
     n_classes: int
-    backbone: BackboneConfig
+    backbone: BackboneBaseConfig
     input: InputConfig = field(default_factory=StridedWaveformConfig)
     pooling: Pooling = "mean"
     head_dropout: float = 0.0
@@ -48,11 +48,10 @@ class SequenceClassifierConfig(ModelConfig):
     @property
     def causal(self) -> bool:
         """Whether no layer sees the future."""
-        mixers = [self.backbone.mixer_of(i) for i in range(self.backbone.n_layers)]
-        return self.backbone.bidirectional is None and all(getattr(m, "causal", True) for m in mixers)
+        return self.backbone.sees_the_future() is None
 
     @property
-    def backbone_config(self) -> BackboneConfig:
+    def backbone_config(self) -> BackboneBaseConfig:
         return self.backbone
 
     def build(self) -> SequenceClassifier:
@@ -65,7 +64,7 @@ class ClassifierState(State):
     none), the backbone's state and what has been pooled."""
 
     front: StridedState | None
-    backbone: BackboneState
+    backbone: State
     pooled: PoolingState
 
 
@@ -83,7 +82,7 @@ class SequenceClassifier(Model):
         self.config = config
         d_model = config.backbone.d_model
         self.input = config.input.build(d_model)
-        self.backbone = Backbone(config.backbone)
+        self.backbone = config.backbone.build()
         self.head = ClassificationHead(d_model, config.n_classes, config.pooling, config.head_dropout)
 
     def forward(
@@ -109,7 +108,7 @@ class SequenceClassifier(Model):
         if vectors.shape[1] == 0 and self.backbone.has_state:
             # A chunk that completes no vector, or nothing at all: every state stays.
             rows = steps.n if steps is not None else vectors.shape[0]
-            after: BackboneState | None = before or self.backbone.init_state(rows, device=x.device)
+            after: State | None = before or self.backbone.init_state(rows, device=x.device)
             hidden = vectors
         else:
             hidden, after = self.backbone(vectors, before, seqs=steps)
