@@ -32,7 +32,8 @@ class AudioBatches:
         recordings (n,) int64: the place of each in `clips`
 
     Layout "windows", a recording of s samples being s + 2 ids with begin_id before and end_id behind them, so
-    that s + 1 ids are predicted, the first sample and the end among them; a window has up to `plan.window`:
+    that s + 1 ids are predicted, the first sample and the end among them; a window has up to `plan.window`.
+    With a `tokenizer` that has classes the begin id is that of the recording's class:
 
         ids, labels (1, total) int64: labels[0, t] is the id after ids[0, t]
         cu_seqlens (n + 1,), recordings (n,) int64: as above
@@ -40,7 +41,7 @@ class AudioBatches:
         starts (n,) int64: the place of each window's first id in its recording, 0 where it is begin_id
 
     clips: the recordings. classes: names of the classes, in the order of their numbers. augment: applied in
-    training alone, drawn anew for each recording or window and epoch.
+    training alone, drawn anew for each recording or window and epoch. tokenizer: makes the ids.
     """
 
     clips: Sequence[Clip]
@@ -49,6 +50,7 @@ class AudioBatches:
     layout: Layout = "recordings"
     input: Input = "waveform"
     augment: Augmentation | None = None
+    tokenizer: MuLawTokenizer = field(default_factory=MuLawTokenizer)
     _evaluation: list[Parts] | None = field(default=None, repr=False)
 
     @property
@@ -81,7 +83,7 @@ class AudioBatches:
         classes = torch.tensor(known, dtype=torch.int64)
         if self.layout == "recordings":
             waves = torch.cat([self._wave(r, 0, self.clips[r].frames, epoch) for r, _, _ in rows])[None]
-            made = {"ids": MuLawTokenizer().encode(waves)} if self.input == "mu_law" else {"waveform": waves}
+            made = {"ids": self.tokenizer.encode(waves)} if self.input == "mu_law" else {"waveform": waves}
             return {**made, **common, "labels": classes}
         streams = [self._stream(r, first, last, epoch) for r, first, last in rows]
         return {
@@ -93,10 +95,11 @@ class AudioBatches:
         }
 
     def _stream(self, row: int, first: int, last: int, epoch: int | None) -> Tensor:
-        """Ids [first, last] of recording `row`: begin_id is its id 0, sample t id t + 1, end_id the last."""
-        tokenizer, frames = MuLawTokenizer(), self.clips[row].frames
+        """Ids [first, last] of recording `row`: its begin id is id 0, sample t id t + 1, end_id the last."""
+        tokenizer, frames = self.tokenizer, self.clips[row].frames
+        label = self.clips[row].recording.label if tokenizer.classes else None
         begin, end = max(first - 1, 0), min(last, frames)
-        pieces = [torch.tensor([tokenizer.begin_id])] if first == 0 else []
+        pieces = [torch.tensor([tokenizer.begin_id_of(label)])] if first == 0 else []
         if end > begin:
             pieces.append(tokenizer.encode(self._wave(row, begin, end, epoch)))
         if last == frames + 1:

@@ -1,5 +1,5 @@
-"""Backbones over (batch, length, d_model), knowing no modality: a stack of pre-norm residual blocks, a U-Net of
-such stacks at several rates (SaShiMi), and WaveNet as the baseline beside it."""
+"""Backbones over (batch, length, d_model), knowing no modality: a stack of pre-norm residual blocks, a U-Net
+of such stacks at several rates (SaShiMi), and WaveNet as the baseline beside it."""
 
 from ssm_modal.backbone.backbone import Backbone, BackboneState
 from ssm_modal.backbone.base import BackboneBase, BackboneBaseConfig

@@ -61,7 +61,8 @@ class SashimiConfig(BackboneBaseConfig):
         for what, values in (("n_layers", self.n_layers), ("mixer", self.mixer)):
             if isinstance(values, tuple) and not 1 <= len(values) <= len(self.pool) + 1:
                 raise ConfigError(
-                    f"{name}: {what} has {len(values)} entries, expected 1 to {len(self.pool) + 1}, the stages"
+                    f"{name}: {what} has {len(values)} entries, expected 1 to {len(self.pool) + 1}, "
+                    "the stages"
                 )
         for i, factor in enumerate(self.pool):
             if factor < 2:
@@ -154,17 +155,31 @@ class Sashimi(BackboneBase):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        for pool in (*self.down_pools, *self.up_pools):
-            assert isinstance(pool, (DownPool, UpPool))
-            nn.init.zeros_(pool.proj.bias)
+        for depth in range(len(self.config.pool)):
+            for pool in self._pools(depth):
+                nn.init.zeros_(pool.proj.bias)
+
+    def _stack(self, number: int) -> Backbone:
+        stage = self.stages[number]
+        assert isinstance(stage, Backbone)
+        return stage
+
+    def _stacks(self) -> list[Backbone]:
+        return [self._stack(number) for number in range(len(self.stages))]
+
+    def _pools(self, depth: int) -> tuple[DownPool, UpPool]:
+        down, up = self.down_pools[depth], self.up_pools[depth]
+        assert isinstance(down, DownPool)
+        assert isinstance(up, UpPool)
+        return down, up
 
     @property
     def gradient_checkpointing(self) -> bool:  # type: ignore[override]
-        return all(stage.gradient_checkpointing for stage in self.stages)
+        return all(stage.gradient_checkpointing for stage in self._stacks())
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
-        for stage in self.stages:
+        for stage in self._stacks():
             stage.gradient_checkpointing = value
 
     def forward(
@@ -192,7 +207,7 @@ class Sashimi(BackboneBase):
         y = self._level(0, x, run, seen.tolist(), lengths, seqs)
         stages = [
             stage.init_state(len(lengths), device=x.device, dtype=x.dtype) if own is None else own
-            for stage, own in zip(self.stages, run.stages)
+            for stage, own in zip(self._stacks(), run.stages)
         ]
         after = seen + torch.tensor(lengths, dtype=torch.int64)
         return y, SashimiState(after, tuple(stages), tuple(run.down), tuple(run.up))
@@ -212,17 +227,17 @@ class Sashimi(BackboneBase):
         whole = [n * pool for n in frames]
         inner, run.down[depth] = queue_through(run.down[depth], begun, x, whole, seqs)
         within = None if seqs is None else Sequences.from_lengths(frames, x.device)
-        y = self.down_pools[depth](inner)
-        y = self._level(depth + 1, y, run, [n // pool for n in seen], frames, within)
+        down, up = self._pools(depth)
+        y = self._level(depth + 1, down(inner), run, [n // pool for n in seen], frames, within)
         given = None if seqs is None else Sequences.from_lengths(whole, x.device)
         early = [pool - 1 - b for b in begun]
-        y, run.up[depth] = queue_through(run.up[depth], early, self.up_pools[depth](y), lengths, given)
+        y, run.up[depth] = queue_through(run.up[depth], early, up(y), lengths, given)
         return self._stage(self._centre + pools - depth, x + y, run, seqs)
 
     def _stage(self, number: int, x: Tensor, run: _Run, seqs: Sequences | None) -> Tensor:
         if x.shape[1] == 0:
             return x  # no frame has become whole: the stage's state stays
-        y, run.stages[number] = self.stages[number](x, run.stages[number], seqs=seqs)
+        y, run.stages[number] = self._stack(number)(x, run.stages[number], seqs=seqs)
         return y
 
     @property
@@ -241,8 +256,8 @@ class Sashimi(BackboneBase):
             len(self.config.pool),
         ):
             raise StateError(
-                f"Sashimi: state has {len(state.stages)} stages and {len(state.down)} pooling factors, expected "
-                f"{len(self.stages)} and {len(self.config.pool)}"
+                f"Sashimi: state has {len(state.stages)} stages and {len(state.down)} pooling factors, "
+                f"expected {len(self.stages)} and {len(self.config.pool)}"
             )
 
     def init_state(
@@ -251,17 +266,17 @@ class Sashimi(BackboneBase):
         like = self._weight.new_empty(0, device=device, dtype=dtype)
         return SashimiState(
             torch.zeros(batch, dtype=torch.int64),
-            tuple(stage.init_state(batch, device=like.device, dtype=like.dtype) for stage in self.stages),
+            tuple(stage.init_state(batch, device=like.device, dtype=like.dtype) for stage in self._stacks()),
             tuple(self._slots(batch, like)),
             tuple(self._slots(batch, like)),
         )
 
     @property
     def _weight(self) -> Tensor:
-        return self.stages[self._centre].norm.weight
+        return self._stack(self._centre).norm.weight
 
     def _slots(self, rows: int, like: Tensor) -> list[Tensor]:
-        """Where steps wait at each pooling factor, empty: (rows, pool - 1, width), dtype and device of `like`."""
+        """Where steps wait at each pooling factor, empty: (rows, pool - 1, width), else as `like`."""
         widths = [self.config.stage(depth).d_model for depth in range(len(self.config.pool))]
         return [like.new_zeros(rows, pool - 1, width) for pool, width in zip(self.config.pool, widths)]
 
@@ -283,14 +298,15 @@ class Sashimi(BackboneBase):
     def _step(self, depth: int, x: Tensor, state: SashimiState, seen: int) -> Tensor:
         """One step at `depth` of rows that all have had `seen` steps there."""
         if depth == len(self.config.pool):
-            return self.stages[self._centre].step_(x, state.stages[self._centre])
+            return self._stack(self._centre).step_(x, state.stages[self._centre])
         if self.config.down_layers:
-            x = self.stages[depth].step_(x, state.stages[depth])
+            x = self._stack(depth).step_(x, state.stages[depth])
         pool = self.config.pool[depth]
         begun, down, up = seen % pool, state.down[depth], state.up[depth]
         if begun == pool - 1:
-            frame = self.down_pools[depth](torch.cat([down.to(x.dtype), x], dim=1))
-            below = self.up_pools[depth](self._step(depth + 1, frame, state, seen // pool))
+            to_frame, to_steps = self._pools(depth)
+            frame = to_frame(torch.cat([down.to(x.dtype), x], dim=1))
+            below = to_steps(self._step(depth + 1, frame, state, seen // pool))
             down.zero_()
             y = below[:, :1]
             up.copy_(below[:, 1:])
@@ -299,4 +315,4 @@ class Sashimi(BackboneBase):
             y = up[:, :1].to(x.dtype, copy=True)
             up.copy_(torch.cat([up[:, 1:], torch.zeros_like(up[:, :1])], dim=1))
         number = self._centre + len(self.config.pool) - depth
-        return self.stages[number].step_(x + y, state.stages[number])
+        return self._stack(number).step_(x + y, state.stages[number])

@@ -62,7 +62,7 @@ class WaveNetState(State):
 
 
 class WaveNetLayer(nn.Module):
-    """z = tanh(W_f * x) sigmoid(W_g * x) (section 2.3); a Linear of z adds to the residual and to the skips."""
+    """z = tanh(W_f * x) sigmoid(W_g * x) (section 2.3); a Linear of z adds to residual and skips."""
 
     def __init__(self, config: WaveNetConfig, layer: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ TRAINING = {
     "predict": "run a checkpoint over the data and keep what it says",
 }
 BESIDE = {
-    "generate": "continue a text with a trained model",
+    "generate": "continue a text with a trained model, or write WAV files with one of waveforms",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
 }

@@ -5,5 +5,15 @@ from __future__ import annotations
 from ssm_modal.generation.config import GenerationConfig
 from ssm_modal.generation.loop import CausalModel, GenerationResult, generate, prefill
 from ssm_modal.generation.stopping import StopMatcher
+from ssm_modal.generation.waveforms import GeneratedWaveform, generate_waveforms
 
-__all__ = ["CausalModel", "GenerationConfig", "GenerationResult", "StopMatcher", "generate", "prefill"]
+__all__ = [
+    "CausalModel",
+    "GeneratedWaveform",
+    "GenerationConfig",
+    "GenerationResult",
+    "StopMatcher",
+    "generate",
+    "generate_waveforms",
+    "prefill",
+]

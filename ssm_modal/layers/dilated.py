@@ -31,7 +31,9 @@ class DilatedCausalConv(nn.Module):
             stream = torch.cat([past, x], dim=1)
             taps = [stream[:, j * self.dilation :][:, :length] for j in range(self.kernel)]
             return self.proj(torch.cat(taps, dim=-1)), stream[:, length:]
-        taps = [self._before(x, past, (self.kernel - 1 - j) * self.dilation, seqs) for j in range(self.kernel)]
+        taps = [
+            self._before(x, past, (self.kernel - 1 - j) * self.dilation, seqs) for j in range(self.kernel)
+        ]
         return self.proj(torch.cat(taps, dim=-1)), self._last(x, past, seqs)
 
     def _before(self, x: Tensor, past: Tensor, steps: int, seqs: Sequences) -> Tensor:

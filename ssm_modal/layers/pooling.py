@@ -1,9 +1,9 @@
 """Pooling along the length by Linears, and the waiting steps that make it causal and a stream.
 
-SaShiMi (Goel et al., arXiv 2202.09729, section 4.2): down-pooling lays `pool` steps side by side and maps them
-to one, up-pooling maps one step to `pool` of them and shifts the result, so that no step sees a later one.
-The paper shifts by `pool` steps; here it is pool - 1, the least that is causal: frame k has seen the steps to
-k * pool + pool - 1, and that step is the first it is added to.
+SaShiMi (Goel et al., arXiv 2202.09729, section 4.2): down-pooling lays `pool` steps side by side and maps
+them to one, up-pooling maps one step to `pool` of them and shifts the result, so that no step sees a later
+one. The paper shifts by `pool` steps; here it is pool - 1, the least that is causal: frame k has seen the
+steps to k * pool + pool - 1, and that step is the first it is added to.
 """
 
 from __future__ import annotations

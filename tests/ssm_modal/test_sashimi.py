@@ -167,8 +167,7 @@ def test_wavenet_sees_as_far_as_its_dilations() -> None:
 def test_registered_models_are_of_one_size_and_saved_whole(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         sizes = {
-            n: sum(p.numel() for p in ssm_modal.create_model(n).parameters())
-            for n in (name, "sashimi_lm")
+            n: sum(p.numel() for p in ssm_modal.create_model(n).parameters()) for n in (name, "sashimi_lm")
         }
     assert 400_000 < sizes[name] < 450_000
     assert abs(sizes[name] / sizes["sashimi_lm"] - 1) < 0.03
@@ -219,7 +218,10 @@ def test_bad_configs_and_states_are_named() -> None:
         ({"mixer": (S4D,) * 4}, "mixer has 4 entries, expected 1 to 3"),
         ({"n_layers": ()}, "n_layers has 0 entries, expected 1 to 3"),
         ({"down_layers": -1}, "down_layers is -1"),
-        ({"mixer": AttentionConfig(n_heads=2, causal=False)}, "stage 0: the mixer of layer 0 has causal=False"),
+        (
+            {"mixer": AttentionConfig(n_heads=2, causal=False)},
+            "stage 0: the mixer of layer 0 has causal=False",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             SashimiConfig(**{"d_model": 4, "n_layers": 1, **fields})
