@@ -34,6 +34,8 @@ from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.audio import audio_info, read_audio
 from ssm_modal.io.log_mel import log_mel
 from ssm_modal.models import SequenceClassifier
+from ssm_modal.plots.figure import new_figure, png
+from ssm_modal.plots.waveform import draw_waveform
 from ssm_modal.tokenizers import MuLawTokenizer
 
 FRAMES = 32
@@ -179,37 +181,17 @@ def write_scores(folder: Path, scores: Sequence[Score], figures: dict[str, float
 
 
 def draw(file: Path, generated: Sequence[Generated], data: AudioDataModule, sample_rate: int) -> Path:
-    """The first generated recording of each label beside the first real test one: waveform, spectrogram."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """The first generated recording of each of ten labels beside the first real test one."""
     labels = list(dict.fromkeys(g.label for g in generated))[:10]
-    figure, axes = pyplot.subplots(len(labels), 4, figsize=(14, 1.6 * len(labels)), squeeze=False)
-    for row, label in zip(axes, labels):
+    figure = new_figure(11, 2.4 * len(labels))
+    for row, label in zip(figure.subfigures(len(labels), 2, squeeze=False), labels):
         ours = next(g.waveform for g in generated if g.label == label)
         real = next((c.read() for c in data.clips("test") if label in ("", c.recording.label)), None)
-        for place, (kind, waveform) in enumerate((("generated", ours), ("real", real))):
-            left, right = row[2 * place], row[2 * place + 1]
-            if waveform is None:
-                left.axis("off"), right.axis("off")
-                continue
-            seconds = waveform.numel() / sample_rate
-            left.plot(torch.arange(waveform.numel()) / sample_rate, waveform, linewidth=0.4, color="#1a5fb4")
-            left.set_ylim(-1, 1)
-            left.set_ylabel(label)
-            extent = (0.0, seconds, 0.0, sample_rate / 2000)
-            right.imshow(log_mel(waveform, sample_rate), origin="lower", aspect="auto", extent=extent)
-            right.set_yticks([])
-            left.set_title(kind, fontsize=8), right.set_title(f"{kind}, log-mel", fontsize=8)
-            left.tick_params(labelsize=6), right.tick_params(labelsize=6)
-    figure.supxlabel("seconds", fontsize=8)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return atomic_write(file, buffer.getvalue())
+        for panel, (kind, waveform) in zip(row, (("generated", ours), ("real", real))):
+            if waveform is not None:
+                draw_waveform(panel, waveform, sample_rate)
+                panel.suptitle(f"{label} {kind}".strip(), fontsize=9)
+    return atomic_write(file, png(figure, dpi=100))
 
 
 def main(argv: list[str] | None = None) -> int:

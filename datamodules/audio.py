@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -17,10 +15,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ssm_modal.datamodules.audio_augment import Augmentation
 from ssm_modal.datamodules.audio_batches import AudioBatches, Input, Layout
 from ssm_modal.datamodules.audio_plan import BatchPlan
+from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
-from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.audio import AUDIO_SUFFIXES
+from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.manifests import read_manifest
 from ssm_modal.io.recordings import (
     SPLITS,
@@ -33,6 +32,7 @@ from ssm_modal.io.recordings import (
     open_recordings,
 )
 from ssm_modal.io.speech_presets import free_spoken_digits, speech_commands
+from ssm_modal.plots import draw_waveform
 from ssm_modal.tokenizers.waveform import MuLawTokenizer
 
 Source = Literal["folder", "pattern", "manifest", "unlabelled", "free_spoken_digits", "speech_commands"]
@@ -226,6 +226,12 @@ class AudioDataModule(pl.LightningDataModule):
         """The files of what is predicted, in order: what the numbers in a batch's `recordings` stand for."""
         return [os.fspath(clip.recording.path) for clip in self._predicted()]
 
+    def draw_example(self, panel: Any, split: str, number: int) -> None:
+        """Draw recording `number` of "validation", "test" or "predict" into the matplotlib subfigure `panel`:
+        its waveform and its spectrogram."""
+        clips = self._predicted() if split == "predict" else self.clips(split)
+        draw_waveform(panel, clips[number].read(), self.sample_rate)
+
     def _predicted(self) -> list[Clip]:
         splits = self._prepare()
         return splits["test"] if self.predict == "test" else [c for name in SPLITS for c in splits[name]]
@@ -247,7 +253,7 @@ class AudioDataModule(pl.LightningDataModule):
             if self.layout == "windows":
                 save_run_tokenizer(self.tokenizer, folder)
             if self.skip_bad:
-                self._write_left_out(folder / "left_out.csv")
+                write_left_out(folder / "left_out.csv", self._left_out)
 
     def batches(self, split: str) -> AudioBatches:
         """The batches of `split` as pure functions of their index; ValueError where it has no recording."""
@@ -352,21 +358,10 @@ class AudioDataModule(pl.LightningDataModule):
             recordings, self.reading, decode=self.check_samples, skip_bad=self.skip_bad
         )
         self._left_out = [*found.left_out, *bad]
-        if self._left_out:
-            first = self._left_out[0]
-            rank_zero_warn(
-                f"{len(self._left_out)} recordings were left out, the first: {first.path}: {first.reason}"
-            )
+        warn_left_out(self._left_out, "recordings")
         unlabelled = [c.recording.path for c in clips if c.recording.label is None]
         if self.condition == "label" and unlabelled:
             raise ValueError(f'condition is "label", but {unlabelled[0]} has no label, expected one')
         self._classes = tuple(sorted({c.recording.label for c in clips if c.recording.label is not None}))
         self._clips = {name: [c for c in clips if c.recording.split == name] for name in SPLITS}
         return self._clips
-
-    def _write_left_out(self, file: Path) -> None:
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["path", "reason"])
-        writer.writerows([os.fspath(one.path), one.reason] for one in self._left_out)
-        atomic_write(file, table.getvalue())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class ResumableLoader:
         num_workers: processes that make batches ahead of time; 0 makes them in this one. Same batches either
         way.
         pin_memory: copy batches to pinned memory, for an asynchronous copy to a CUDA device.
+        done: batches that a finite loader leaves out.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class ResumableLoader:
         world: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        done: Container[int] = frozenset(),
     ) -> None:
         if n_batches is not None and n_batches < 0:
             raise ValueError(f"n_batches is {n_batches}, expected 0 or more, or None for an endless loader")
@@ -112,7 +114,7 @@ class ResumableLoader:
             raise ValueError(f"num_workers is {num_workers}, expected 0 or more")
         self.make_batch, self.n_batches, self.position = make_batch, n_batches, position
         self.rank, self.world = rank, world
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers, self.pin_memory, self.done = num_workers, pin_memory, done
 
     @classmethod
     def training(
@@ -139,8 +141,14 @@ class ResumableLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> ResumableLoader:
-        """A finite loader of `n_batches`, shared out over the processes of `trainer`."""
+        """A finite loader of `n_batches`, shared out over the processes of `trainer`.
+
+        In a prediction a task may have `kept_batches(n_batches)`, the numbers of those of this process whose
+        results it has already; they are left out.
+        """
         rank, world = _place(trainer)
+        predicting = trainer is not None and trainer.state.fn == "predict"
+        ask = getattr(trainer.lightning_module, "kept_batches", None) if predicting else None
         return _Sized(
             make_batch,
             n_batches=n_batches,
@@ -148,13 +156,14 @@ class ResumableLoader:
             world=world,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            done=frozenset() if ask is None else ask(n_batches),
         )
 
     def indices(self) -> Iterable[int]:
         """The batch indices the next iteration will go through."""
         if self.n_batches is None:
             return itertools.count(self.position() if self.position is not None else 0)
-        return range(self.rank, self.n_batches, self.world)
+        return [i for i in range(self.rank, self.n_batches, self.world) if i not in self.done]
 
     def __iter__(self) -> Iterator[Any]:
         indices = self.indices()
@@ -179,7 +188,7 @@ class _Sized(ResumableLoader):
 
     def __len__(self) -> int:
         indices = self.indices()
-        assert isinstance(indices, range)
+        assert isinstance(indices, list)
         return len(indices)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from ssm_modal.errors import ConfigError
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.models import SequenceClassifierConfig
+from ssm_modal.plots import confusion_plot, examples_plot
 from ssm_modal.tasks.base import (
     DEFAULT_OPTIMIZER,
     DEFAULT_SCHEDULE,
@@ -24,7 +24,17 @@ from ssm_modal.tasks.base import (
     StepOutput,
     TrainingTask,
 )
+from ssm_modal.tasks.classification_tables import (
+    classes_table,
+    confusion_table,
+    decided,
+    predictions_table,
+    telling_examples,
+)
+from ssm_modal.tasks.prediction_parts import PredictionParts, prediction_key
 
+# What `examples.png` shows at most.
+_EXAMPLES = 12
 _CHECKPOINT_KEY = "ssm_modal_classification"
 
 
@@ -42,19 +52,28 @@ class Classification(TrainingTask):
         classes.csv       class, count (its sequences), right (those recognised)
         confusion.csv     a row a true class, a column a predicted one, sequences in each cell
         confusion.png     the same as a picture, with `plots`
+        examples.png      with `plots`, sequences drawn: the wrong ones that the model was surest of, then the
+                          right ones that it was least sure of
 
-    `ssm-modal predict` writes `results/predictions.csv`: file, predicted, a probability a class, label (empty
-    where it is not known). Each file is written whole or not at all.
+    and `ssm-modal validate` the same into `validation/` there.
+
+    `ssm-modal predict` writes `results/predictions.csv`: file, predicted, probability, the next classes with
+    theirs (`top_k` in all), label (empty where it is not known), and with `plots` `results/predictions.png`.
+    Each file is written whole or not at all; a prediction that was killed goes on behind the batches it had
+    done, and writes what it would have written at one go.
 
     Args:
         model, overrides, optimizer, schedule, init_from, init_part, recompute: see `TrainingTask`; the model
             is one that gives logits (sequences, n_classes), such as `audio_classifier`.
         label_smoothing: in training, the share of the target spread evenly over all classes, 0 to below 1.
-        plots: write `confusion.png` too.
+        plots: draw the pictures too; `--plots` on the command line.
+        top_k: classes whose probability `predictions.csv` names, the likeliest first; all where there are
+            fewer. `results/predictions.pt` has the probability of every class.
 
-    The data module may have `classes`, the names of the classes in the order of their numbers, and
-    `predicted_files()`, the name of what each number in `recordings` stands for; without them the numbers
-    are the names.
+    The data module may have `classes`, the names of the classes in the order of their numbers,
+    `predicted_files()`, the name of what each number in `recordings` stands for (without them the numbers are
+    the names), and `draw_example(panel, split, number)`, which draws number `number` of "validation", "test"
+    or "predict" into a matplotlib subfigure; without it no examples are drawn.
     """
 
     def __init__(
@@ -67,6 +86,7 @@ class Classification(TrainingTask):
         init_part: Literal["all", "backbone"] = "all",
         label_smoothing: float = 0.0,
         plots: bool = False,
+        top_k: int = 5,
         recompute: Recompute = "none",
     ) -> None:
         super().__init__(model, overrides, optimizer, schedule, init_from, init_part, recompute)
@@ -74,9 +94,14 @@ class Classification(TrainingTask):
             raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more and below 1")
         if not isinstance(self.hparams["model_config"].get("n_classes"), int):
             raise ConfigError(f"model is {model!r}, expected a classifier: a model with n_classes")
-        self.label_smoothing, self.plots = label_smoothing, plots
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"top_k is {top_k!r}, expected a whole number of 1 or more")
+        self.label_smoothing, self.plots, self.top_k = label_smoothing, plots, top_k
         self._confusion: Tensor | None = None
-        self._predicted: list[dict[str, Any]] = []
+        self._seen: list[dict[str, Any]] = []  # what was decided in this validation or test, for `plots`
+        self._parts: PredictionParts | None = None
+        self._predicted: dict[int, dict[str, Any]] = {}  # by the number of the batch, this process's own
+        self._batch_numbers: list[int] | None = None
         self._trained_classes: tuple[str, ...] = ()
 
     @property
@@ -153,6 +178,8 @@ class Classification(TrainingTask):
             return StepOutput(loss, count)
         predicted = wide.argmax(-1)
         self._count(labels, predicted, known)
+        if self.plots and (stage == "test" or self.trainer.state.fn == "validate"):
+            self._seen.append(decided(logits, batch))
         return StepOutput(loss, count, {"accuracy": ((predicted == labels).sum(), count)})
 
     def _count(self, labels: Tensor, predicted: Tensor, known: Tensor) -> None:
@@ -175,58 +202,109 @@ class Classification(TrainingTask):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self._confusion = None
+        self._confusion, self._seen = None, []
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn == "validate":
+            self._write_tables(self.run_dir / "validation", "validation")
 
     def on_test_epoch_start(self) -> None:
         super().on_test_epoch_start()
-        self._confusion = None
+        self._confusion, self._seen = None, []
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
+        self._write_tables(self.run_dir, "test")
+
+    def _write_tables(self, folder: Path, split: str) -> None:
         matrix = self.confusion()
+        seen = self._gathered(self._seen) if self.plots else []
         if not self.trainer.is_global_zero:
             return
         names = self.class_names
-        atomic_write(self.run_dir / "classes.csv", classes_table(matrix, names))
-        atomic_write(self.run_dir / "confusion.csv", confusion_table(matrix, names))
+        atomic_write(folder / "classes.csv", classes_table(matrix, names))
+        atomic_write(folder / "confusion.csv", confusion_table(matrix, names))
         if self.plots:
-            atomic_write(self.run_dir / "confusion.png", confusion_plot(matrix, names))
+            atomic_write(folder / "confusion.png", confusion_plot(matrix, names))
+            self._draw_examples(folder / "examples.png", split, seen)
+
+    def _draw_examples(self, file: Path, split: str, found: Sequence[Mapping[str, Tensor]]) -> None:
+        """Draw `telling_examples` into `file`, where the data module can and there are any."""
+        draw = getattr(self._data, "draw_example", None)
+        examples = telling_examples(found, self.class_names, _EXAMPLES) if callable(draw) else []
+        if draw is not None and examples:
+            atomic_write(file, examples_plot(examples, lambda panel, number: draw(panel, split, number)))
+
+    def _gathered(self, own: list[Any]) -> list[Any]:
+        """The items of all processes, one process after the other."""
+        if int(self.trainer.world_size) == 1:
+            return own
+        gathered: list[Any] = [None] * int(self.trainer.world_size)
+        torch.distributed.all_gather_object(gathered, own)
+        return [item for one in gathered for item in one]
 
     # ------------------------------------------------------------------ predictions
 
+    def kept_batches(self, n_batches: int) -> frozenset[int]:
+        """Of the `n_batches` of a prediction, this process's that an earlier, killed one has kept.
+
+        The loader leaves them out. One is gone through in any case, since without a batch there is no
+        prediction to end. Called when the weights are loaded. Nothing is kept of a prediction that
+        `trainer.limit_predict_batches` cuts short.
+        """
+        self._parts, self._predicted = None, {}
+        if self.trainer.limit_predict_batches != 1.0:
+            return frozenset()
+        config = sorted(self.hparams["model_config"].items())
+        key = prediction_key(self, self._data, [config, self.trainer.precision, n_batches, self.class_names])
+        self._parts = PredictionParts(self.run_dir / "results", key)
+        own = range(int(self.trainer.global_rank), n_batches, int(self.trainer.world_size))
+        done = sorted(self._parts.done() & set(own))
+        if len(done) == len(own):
+            done = done[:-1]
+        self._predicted = {number: self._parts.load(number) for number in done}
+        return frozenset(done)
+
     def on_predict_epoch_start(self) -> None:
-        self._predicted = []
+        numbers = getattr(self.trainer.predict_dataloaders, "indices", None)
+        self._batch_numbers = list(numbers()) if callable(numbers) else None
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """`predicted` (sequences,) int64, `probabilities` (sequences, n_classes) and `labels` (-100 where not
-        known), and `recordings` where the batch has them, on the host."""
-        probabilities = self.logits(batch).double().softmax(-1).cpu()
-        predicted = probabilities.argmax(-1)
-        labels = batch.get("labels")
-        found = {
-            "predicted": predicted,
-            "probabilities": probabilities.float(),
-            "labels": torch.full_like(predicted, IGNORE) if labels is None else labels.cpu(),
-        }
-        if "recordings" in batch:
-            found["recordings"] = batch["recordings"].cpu()
-        self._predicted.append(found)
+        """`predicted` (sequences,) int64, `probabilities` (sequences, n_classes) float32 and `labels` (-100
+        where not known), and `recordings` where the batch has them, on the host."""
+        found = decided(self.logits(batch), batch)
+        if self._batch_numbers is None:
+            number = batch_idx * int(self.trainer.world_size) + int(self.trainer.global_rank)
+        else:
+            number = self._batch_numbers[batch_idx]
+        self._predicted[number] = found
+        if self._parts is not None:
+            self._parts.save(number, found)
         return found
 
     def on_predict_epoch_end(self) -> None:
         """Write `results/predictions.csv`, in the order of the data module's numbers."""
-        if int(self.trainer.world_size) > 1:
-            gathered: list[Any] = [None] * int(self.trainer.world_size)
-            torch.distributed.all_gather_object(gathered, self._predicted)
-            batches = [batch for one in gathered for batch in one]
-        else:
-            batches = self._predicted
+        every = self._gathered(list(self._predicted.items()))
+        batches = [found for _, found in sorted(every, key=lambda item: item[0])]
         if not self.trainer.is_global_zero:
             return
         ask = getattr(self._data, "predicted_files", None)
         files = ask() if callable(ask) else None
-        table = predictions_table(batches, self.class_names, files)
-        atomic_write(self.run_dir / "results" / "predictions.csv", table)
+        results = self.run_dir / "results"
+        table = predictions_table(batches, self.class_names, files, top_k=self.top_k)
+        atomic_write(results / "predictions.csv", table)
+        if self.plots:
+            self._draw_examples(results / "predictions.png", "predict", batches)
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """What `predict_step` found in this process's batches, in order, those kept earlier among them."""
+        return [self._predicted[number] for number in sorted(self._predicted)]
+
+    def forget_kept_batches(self) -> None:
+        """Remove what was kept for going on: everything is written."""
+        if self._parts is not None and self.trainer.is_global_zero:
+            self._parts.remove()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -237,78 +315,6 @@ class Classification(TrainingTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._trained_classes = tuple(checkpoint.get(_CHECKPOINT_KEY, {}).get("classes", ()))
-
-
-def classes_table(matrix: Tensor, names: Sequence[str]) -> str:
-    """CSV with the columns class, count and right. matrix: (n, n) int64, a row a true class."""
-    rows = [[name, int(row.sum()), int(row[i])] for i, (name, row) in enumerate(zip(names, matrix))]
-    return _csv([["class", "count", "right"], *rows])
-
-
-def confusion_table(matrix: Tensor, names: Sequence[str]) -> str:
-    """CSV: a row a true class, a column a predicted one. matrix: (n, n) int64."""
-    rows = [[name, *row] for name, row in zip(names, matrix.tolist())]
-    return _csv([["label", *names], *rows])
-
-
-def predictions_table(
-    batches: Sequence[Mapping[str, Tensor]], names: Sequence[str], files: Sequence[str] | None = None
-) -> str:
-    """CSV with the columns file, predicted, a probability a class and label, sorted by the sequence's number.
-
-    batches: what `Classification.predict_step` returns. files: the name of each number; None: the number.
-    """
-    rows: list[tuple[int, list[Any]]] = []
-    for batch in batches:
-        numbers = batch.get("recordings")
-        places = (
-            range(len(rows), len(rows) + len(batch["predicted"])) if numbers is None else numbers.tolist()
-        )
-        for place, best, label, probabilities in zip(
-            places, batch["predicted"].tolist(), batch["labels"].tolist(), batch["probabilities"].tolist()
-        ):
-            shown = [f"{p:.6f}" for p in probabilities]
-            file = place if files is None else files[place]
-            rows.append((place, [file, names[best], *shown, "" if label == IGNORE else names[label]]))
-    rows.sort(key=lambda row: row[0])
-    return _csv([["file", "predicted", *names, "label"], *(row for _, row in rows)])
-
-
-def confusion_plot(matrix: Tensor, names: Sequence[str], *, dpi: int = 150) -> bytes:
-    """A PNG of the confusion matrix: shares of each true class as shades, sequences as numbers up to 30
-    classes. matrix: (n, n) int64, a row a true class."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    n = len(names)
-    side = min(16.0, max(4.0, 0.45 * n + 2.0))
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    share = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
-    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class (%)")
-    axes.set_xticks(range(n), names, rotation=90 if max(map(len, names)) > 3 else 0)
-    axes.set_yticks(range(n), names)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    total, right = int(matrix.sum()), int(matrix.diagonal().sum())
-    axes.set_title(f"{right} of {total} right ({100 * right / max(1, total):.1f} %)", fontsize=10)
-    if n <= 30:
-        for i, row in enumerate(matrix.tolist()):
-            for j, cell in enumerate(row):
-                if cell:
-                    color = "white" if share[i, j] > 50 else "black"
-                    axes.text(j, i, str(cell), ha="center", va="center", color=color, fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi)
-    return out.getvalue()
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
-    return table.getvalue()
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

@@ -25,6 +25,7 @@ from ssm_modal.cli.run_folder import RunFolder, given_option, seeded_run_dir
 from ssm_modal.cli.suggest import check_keys, merged, option_tree, read_yaml
 from ssm_modal.errors import ConfigError
 from ssm_modal.io.atomic import atomic_write
+from ssm_modal.io.left_out import write_left_out
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -40,6 +41,12 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
     "logger": True,
+}
+
+# Switches that set an option of the task or the data module, where that has it: whose, and what it does.
+FLAGS = {
+    "plots": ("model", "Draw pictures into the run's folder, such as a confusion matrix."),
+    "skip_bad": ("data", "Leave bad input out and list it instead of stopping (also: --skip-bad)."),
 }
 
 # Lightning's hints about things that are so on purpose here.
@@ -70,7 +77,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         quieten()
-        self.given = list(args)
+        self.given = _plain_flags(args)
         self.resume_from: Path | None = None
         self.resume_step = 0
         super().__init__(
@@ -105,6 +112,10 @@ class TrainingCLI(LightningCLI):
             default=True,
             help="Whether to test the best checkpoint after training.",
         )
+        for name, (owner, text) in FLAGS.items():
+            parser.add_argument(
+                f"--{name}", action="store_true", help=f"{text} Short for {owner}.init_args.{name}: true."
+            )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -143,7 +154,20 @@ class TrainingCLI(LightningCLI):
         """The configuration of the command at hand."""
         return self.config[self.subcommand]
 
+    def _spread_flags(self) -> None:
+        """Set the options that the switches stand for; ConfigError where the class has no such option."""
+        for name, (owner, _) in FLAGS.items():
+            if not self.settings[name]:
+                continue
+            chosen = self.settings.get(owner)
+            if chosen is None or name not in chosen.init_args:
+                what = "nothing" if chosen is None else chosen.class_path
+                raise ConfigError(f"--{name} is given, but {owner} is {what}, which has no option {name!r}")
+            chosen.init_args[name] = True
+            self.settings[name] = False  # config.yaml says it in one place
+
     def before_instantiate_classes(self) -> None:
+        self._spread_flags()
         settings = self.settings
         if not isinstance(settings.seed_everything, int) or isinstance(settings.seed_everything, bool):
             raise ConfigError(f"seed_everything is {settings.seed_everything}, expected an integer")
@@ -272,9 +296,13 @@ class TrainingCLI(LightningCLI):
         atomic_write(self.folder.config, parser.dump(settings, skip_none=False))
 
     def after_fit(self) -> None:
-        """Test the best checkpoint where the task and the data have a test."""
+        """Test the best checkpoint where the task and the data have a test, and say what was left out."""
         if self.settings.trainer.fast_dev_run or not self.trainer.state.finished:
             return
+        self._test_best()
+        self.list_left_out()
+
+    def _test_best(self) -> None:
         if self.settings.test_after_fit and _has_test(self.model, self.datamodule):
             best = self.folder.checkpoint_for_evaluation()
             say(f"testing {best}")
@@ -285,18 +313,39 @@ class TrainingCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         self.report("validate", self.trainer.validate(**{**kwargs, "verbose": False}))
+        self.list_left_out()
 
     def test(self, **kwargs: Any) -> None:
         self.report("test", self.trainer.test(**{**kwargs, "verbose": False}))
+        self.list_left_out()
 
     def predict(self, **kwargs: Any) -> None:
         """Write what `predict_step` returns to `results/predictions.pt`, one file a process of several."""
         predictions = self.trainer.predict(**kwargs)
+        whole = getattr(self.model, "predictions", None)
+        if callable(whole):  # a task that goes on with a killed prediction has what is not returned
+            predictions = whole()
         several = self.trainer.world_size > 1
         name = f"predictions-{self.trainer.global_rank}.pt" if several else "predictions.pt"
         path = self.folder.results / name
         AtomicCheckpointIO().save_checkpoint({"predictions": predictions}, path)
+        forget = getattr(self.model, "forget_kept_batches", None)
+        if callable(forget):
+            forget()
         say(f"predictions of {len(predictions or [])} batches are in {path}")
+        self.list_left_out()
+
+    def list_left_out(self) -> None:
+        """Say what the data module has left out, and write it to `left_out.csv`: in the run's folder where
+        it was trained, in `results/` by the other commands."""
+        left_out = getattr(self.datamodule, "left_out", ()) if self.datamodule is not None else ()
+        if not left_out or not _first_process():
+            return
+        folder = self.folder.path if self.subcommand == "fit" else self.folder.results
+        write_left_out(folder / "left_out.csv", left_out)
+        say(f"left out, and listed in {folder / 'left_out.csv'}:")
+        for one in left_out:
+            say(f"  {one.path}: {one.reason}")
 
     def report(self, command: str, metrics: Any) -> None:
         """Print the measured means and write them to `results/<command>.json`."""
@@ -324,6 +373,24 @@ def say(line: str) -> None:
     """Print a line about the run, from the first process only."""
     if _first_process():
         print(line, file=sys.stderr, flush=True)
+
+
+def _plain_flags(args: Sequence[str]) -> list[str]:
+    """`args` with the switches as jsonargparse knows them: --skip-bad and --skip_bad=true are --skip_bad.
+
+    One that is set to false is left out, since that is what it is without.
+    """
+    out = []
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        name = option[2:].replace("-", "_")
+        if not option.startswith("--") or name not in FLAGS:
+            out.append(arg)
+        elif not equals or value.lower() == "true":
+            out.append(f"--{name}")
+        elif value.lower() != "false":
+            raise ConfigError(f"{option} is {value!r}, expected true, false or nothing")
+    return out
 
 
 def _numbers_by_size(item: tuple[str, float]) -> list[tuple[int, str]]:

@@ -27,10 +27,13 @@ def take(loader: ResumableLoader, n: int) -> list[list[int]]:
     return [batch["at"].tolist() for batch in itertools.islice(iter(loader), n)]
 
 
-def fake_trainer(done: int = 0, rank: int = 0, world: int = 1) -> Any:
+def fake_trainer(done: int = 0, rank: int = 0, world: int = 1, fn: str = "fit", task: Any = None) -> Any:
     progress = SimpleNamespace(total=SimpleNamespace(processed=done))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    return SimpleNamespace(fit_loop=loop, global_rank=rank, world_size=world)
+    state = SimpleNamespace(fn=fn)
+    return SimpleNamespace(
+        fit_loop=loop, global_rank=rank, world_size=world, state=state, lightning_module=task
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -57,6 +60,16 @@ def test_evaluation_is_shared_out_once() -> None:
     seen = [batch[0] for loader in loaders for batch in take(loader, 10)]
     assert sorted(seen) == [0, 1, 2, 3, 4]
     assert seen[:3] == [0, 2, 4]
+
+
+def test_a_prediction_leaves_out_what_its_task_has_kept() -> None:
+    task = SimpleNamespace(kept_batches=lambda n_batches: frozenset({0, n_batches - 1}))
+    found = []
+    for fn in ("predict", "test"):
+        loader = ResumableLoader.evaluation(make, 5, fake_trainer(fn=fn, task=task))
+        assert len(loader) == len(list(loader))  # type: ignore[arg-type]
+        found.append([at[0] for at in take(loader, 10)])
+    assert found == [[1, 2, 3], [0, 1, 2, 3, 4]]
 
 
 def test_two_processes_take_what_one_takes_in_twice_the_batch() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from ssm_modal.cli.main import main
 from ssm_modal.datamodules.audio import AudioDataModule
 from ssm_modal.errors import ConfigError
 from ssm_modal.io.wav import write_wav
+from ssm_modal.plots import Example
 from ssm_modal.tasks import Classification
-from ssm_modal.tasks.classification import (
+from ssm_modal.tasks.classification_tables import (
     classes_table,
-    confusion_plot,
     confusion_table,
     predictions_table,
+    telling_examples,
 )
+from ssm_modal.tasks.prediction_parts import prediction_key
 from tests.tasks.processes import run
 from tests.tasks.test_base import trainer
 
@@ -106,21 +109,30 @@ def test_tables() -> None:
         },
     ]
     assert predictions_table(batches, ("x", "y"), ["p.wav", "q.wav", "r.wav"]) == (
-        "file,predicted,x,y,label\n"
-        "p.wav,x,0.500000,0.500000,\n"
-        "q.wav,x,1.000000,0.000000,y\n"
-        "r.wav,y,0.250000,0.750000,y\n"
+        "file,predicted,probability,predicted_2,probability_2,label\n"
+        "p.wav,x,0.500000,y,0.500000,\n"
+        "q.wav,x,1.000000,y,0.000000,y\n"
+        "r.wav,y,0.750000,x,0.250000,y\n"
     )
+    one = predictions_table(batches, ("x", "y"), top_k=1)
+    assert one == "file,predicted,probability,label\n0,x,0.500000,\n1,x,1.000000,y\n2,y,0.750000,y\n"
     numberless = [{k: v for k, v in batch.items() if k != "recordings"} for batch in batches]
     rows = predictions_table(numberless, ("x", "y")).splitlines()[1:]
     assert [row[:3] for row in rows] == ["0,y", "1,x", "2,x"]
 
 
-def test_the_picture_is_a_png_of_every_size() -> None:
-    pytest.importorskip("matplotlib")
-    for n in (1, 10, 40):
-        png = confusion_plot(torch.eye(n, dtype=torch.int64), [f"class {i}" for i in range(n)], dpi=40)
-        assert png.startswith(b"\x89PNG")
+def test_the_examples_are_the_wrong_ones_first() -> None:
+    batch = {
+        "predicted": torch.tensor([0, 1, 1, 0, 1]),
+        "labels": torch.tensor([0, 0, 0, 0, -100]),
+        "probabilities": torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3], [0.25, 0.75]]),
+        "recordings": torch.tensor([10, 11, 12, 13, 14]),
+    }
+    found = telling_examples([batch], NAMES, 4)
+    assert [one.number for one in found] == [12, 11, 13, 14]
+    assert found[0] == Example(12, "low", pytest.approx(0.8), "high")
+    assert [one.title for one in found[1:]] == ["low (60.0 %), is high", "high (70.0 %)", "low (75.0 %)"]
+    assert telling_examples([{k: v for k, v in batch.items() if k != "recordings"}], NAMES, 4) == []
 
 
 # ---------------------------------------------------------------- batches
@@ -172,7 +184,6 @@ def command(name: str, folder: Path, run_dir: Path, **options: Any) -> list[str]
             "trainer.val_check_interval": 60,
             "trainer.log_every_n_steps": 10,
             "model.optimizer.lr": 0.02,
-            "model.plots": "true",
         }
     return [name, *(f"--{key}={value}" for key, value in {**settings, **options}.items())]
 
@@ -183,7 +194,9 @@ def test_a_folder_of_recordings_to_predictions(
     monkeypatch.setattr("sys.argv", ["ssm-modal"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     folder, run_dir = tones(tmp_path / "data"), tmp_path / "run"
-    assert main(command("fit", folder, run_dir)) == 0, capsys.readouterr().err
+    assert main([*command("fit", folder, run_dir), "--plots"]) == 0, capsys.readouterr().err
+    assert "plots: false" in (run_dir / "config.yaml").read_text().splitlines()  # said once, of the model
+    assert "    plots: true" in (run_dir / "config.yaml").read_text().splitlines()
     # Tones two octaves apart are told apart.
     assert table(run_dir / "classes.csv") == [
         ["class", "count", "right"],
@@ -196,29 +209,39 @@ def test_a_folder_of_recordings_to_predictions(
 
     assert main(command("predict", folder, run_dir)) == 0, capsys.readouterr().err
     found = table(run_dir / "results" / "predictions.csv")
-    assert found[0] == ["file", "predicted", "high", "low", "label"]
+    assert found[0] == ["file", "predicted", "probability", "predicted_2", "probability_2", "label"]
     files = data(folder).predicted_files()
     assert [row[0] for row in found[1:]] == files
     assert len(files) == 6
-    for file, predicted, high, low, label in found[1:]:
+    for file, predicted, first, other, second, label in found[1:]:
         assert predicted == label == Path(file).parent.name
-        assert float(high) + float(low) == pytest.approx(1, abs=2e-6)
-        assert (float(high) > 0.5) == (predicted == "high")
+        assert {predicted, other} == set(NAMES)
+        assert float(first) + float(second) == pytest.approx(1, abs=2e-6)
+        assert float(first) > 0.5
 
     # A folder without labels, by the run's own config; then one that has one class alone.
+    # Examples of the test split and of a prediction, drawn by the data module; validation has its own folder.
+    assert (run_dir / "examples.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command("validate", folder, run_dir), "--plots"]) == 0, capsys.readouterr().err
+    written = sorted(file.name for file in (run_dir / "validation").iterdir())
+    assert written == ["classes.csv", "confusion.csv", "confusion.png", "examples.png"]
+    assert sum(int(row[1]) for row in table(run_dir / "validation" / "classes.csv")[1:]) == 6
+    assert main([*command("predict", folder, run_dir), "--plots"]) == 0, capsys.readouterr().err
+    assert (run_dir / "results" / "predictions.png").read_bytes().startswith(b"\x89PNG")
+
     others = tones(tmp_path / "others", labelled=False, each=3)
     own = ["predict", "--config", str(run_dir / "config.yaml"), "--data.init_args.predict=all"]
     unlabelled = [f"--data.init_args.path={others}", "--data.init_args.source=unlabelled"]
     assert main([*own, *unlabelled]) == 0, capsys.readouterr().err
     found = table(run_dir / "results" / "predictions.csv")[1:]
     assert sorted(Path(row[0]).name for row in found) == sorted(f.name for f in others.iterdir())
-    assert all(row[1] == Path(row[0]).name.split("_")[0] and row[4] == "" for row in found)
+    assert all(row[1] == Path(row[0]).name.split("_")[0] and row[5] == "" for row in found)
     for file in (folder / "high").iterdir():
         file.unlink()
     assert main([*own, f"--data.init_args.path={folder}"]) == 0, capsys.readouterr().err
     found = table(run_dir / "results" / "predictions.csv")[1:]
     assert len(found) == 10
-    assert {row[1] for row in found} == {row[4] for row in found} == {"low"}
+    assert {row[1] for row in found} == {row[5] for row in found} == {"low"}
 
     before = (run_dir / "results" / "predictions.csv").read_bytes()
 
@@ -228,7 +251,96 @@ def test_a_folder_of_recordings_to_predictions(
     monkeypatch.setattr("ssm_modal.io.atomic.os.replace", full)
     assert main([*own, *unlabelled]) == 1
     assert (run_dir / "results" / "predictions.csv").read_bytes() == before
-    assert not list((run_dir / "results").glob(".predictions*"))
+    assert not list((run_dir / "results").rglob("*.tmp"))
+
+
+def test_bad_recordings_are_left_out_and_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ssm-modal"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    folder, run_dir = tones(tmp_path / "data"), tmp_path / "run"
+    bad = folder / "low" / "broken.wav"
+    bad.write_bytes(b"RIFF, but no more")
+    assert main(command("fit", folder, run_dir, **{"trainer.max_steps": 2})) == 1
+    assert str(bad) in capsys.readouterr().err
+    short = {"trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    assert main([*command("fit", folder, run_dir, **short), "--skip-bad"]) == 0
+    said = capsys.readouterr().err
+    rows = table(run_dir / "left_out.csv")
+    assert rows[0] == ["path", "reason"]
+    assert [row[0] for row in rows[1:]] == [str(bad)]
+    assert f"left out, and listed in {run_dir / 'left_out.csv'}:\n  {bad}: {rows[1][1]}\n" in said
+    (run_dir / "left_out.csv").unlink()
+    assert main([*command("predict", folder, run_dir), "--skip_bad"]) == 0, capsys.readouterr().err
+    assert table(run_dir / "results" / "left_out.csv") == rows
+    assert not (run_dir / "left_out.csv").exists()
+    # Data without the option, a switch that is neither on nor off.
+    tiny = [
+        "fit",
+        f"--run_dir={tmp_path / 'tiny'}",
+        "--trainer.max_steps=1",
+        "--data=tests.tasks.tiny.TinyData",
+    ]
+    tiny += ["--model=ssm_modal.tasks.LanguageModelling", "--model.model=mamba_lm"]
+    for switch, message in (
+        ("--skip-bad", "--skip_bad is given, but data is tests.tasks.tiny.TinyData, which has no option"),
+        ("--plots", "--plots is given, but model is ssm_modal.tasks.LanguageModelling, which has no option"),
+        ("--plots=perhaps", "--plots is 'perhaps', expected true, false or nothing"),
+    ):
+        assert main([*tiny, switch]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_killed_prediction_goes_on_and_writes_the_same(tmp_path: Path) -> None:
+    """Killed behind its third batch of six; then the rest alone is gone through, and the tables are the same
+    to the byte."""
+    folder = tones(tmp_path / "data")
+    Classification("audio_classifier", TINY).model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    options = {"model.init_from": tmp_path / "model", "data.eval_batch_samples": 1}
+    assert run(command("predict", folder, tmp_path / "whole", **options)) == [0]
+    results = tmp_path / "cut" / "results"
+    count = tmp_path / "count"
+
+    def counted(kill_after: int) -> dict[str, str]:
+        own = f"{{file: {count}, kill_after: {kill_after}}}"
+        return {"trainer.callbacks": f"[{{class_path: tests.tasks.tiny.Predicting, init_args: {own}}}]"}
+
+    assert run(command("predict", folder, tmp_path / "cut", **options, **counted(3))) == [-9]
+    (kept,) = results.glob(".predictions-*")
+    assert sorted(file.name for file in kept.glob("*.pt")) == ["0.pt", "1.pt", "2.pt"]
+    assert not (results / "predictions.csv").exists()
+    assert run(command("predict", folder, tmp_path / "cut", **options, **counted(0))) == [0]
+    assert count.read_text() == "3"
+    whole = tmp_path / "whole" / "results"
+    assert (results / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
+    first, second = (
+        torch.load(f / "predictions.pt", weights_only=True)["predictions"] for f in (results, whole)
+    )
+    assert len(first) == len(second) == 6
+    for a, b in zip(first, second):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    assert not list(results.glob(".predictions*"))
+
+
+def test_what_is_kept_of_a_prediction_is_of_the_same_weights_and_files(tmp_path: Path) -> None:
+    folder = tones(tmp_path / "data", each=2)
+    task = Classification("audio_classifier", TINY)
+    options: dict[str, Any] = {"val_fraction": 0.0, "test_fraction": 0.0, "predict": "all"}
+
+    def key(**more: Any) -> str:
+        return prediction_key(task, data(folder, **options, **more), ["32-true"])
+
+    first = key()
+    assert key() == key(num_workers=1) == first
+    assert len({first, key(eval_batch_samples=7), key(mono=True)}) == 3
+    time = (folder / "low" / "0.wav").stat().st_mtime_ns
+    os.utime(folder / "low" / "0.wav", ns=(time, time + 1000))
+    changed = key()
+    assert changed != first
+    with torch.no_grad():
+        next(task.parameters()).flatten()[0] += 1e-3
+    assert key() != changed
 
 
 def test_a_training_without_a_test_split_ends_well(tmp_path: Path) -> None:
@@ -257,7 +369,7 @@ def test_two_processes_count_as_one(tmp_path: Path) -> None:
     assert run(command("predict", folder, tmp_path / "two", **options, **two), ranks=2) == [0, 0]
     rows = table(tmp_path / "two" / "results" / "predictions.csv")[1:]
     assert [row[0] for row in rows] == data(folder).predicted_files()
-    right = sum(row[1] == row[4] for row in rows)
+    right = sum(row[1] == row[5] for row in rows)
     assert right == round(6 * one["test/accuracy"])
 
 

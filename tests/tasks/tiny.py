@@ -112,3 +112,24 @@ def assert_same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) ->
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
+
+
+class Predicting(Callback):
+    """Writes to `file` how many batches a prediction went through, and kills the process behind batch
+    `kill_after`, counted from 1; 0: never."""
+
+    def __init__(self, file: str, kill_after: int = 0) -> None:
+        self.file, self.kill_after = file, kill_after
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        Path(self.file).write_text(str(batch_idx + 1))
+        if batch_idx + 1 == self.kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,8 @@
+"""Pictures of classifications and of what was classified; drawing needs matplotlib (extra "train")."""
+
+from ssm_modal.plots.confusion import confusion_plot
+from ssm_modal.plots.examples import Example, examples_plot
+from ssm_modal.plots.figure import new_figure, png
+from ssm_modal.plots.waveform import draw_waveform
+
+__all__ = ["Example", "confusion_plot", "draw_waveform", "examples_plot", "new_figure", "png"]
