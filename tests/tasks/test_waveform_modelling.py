@@ -137,7 +137,7 @@ def test_a_run_learns_and_can_be_generated_from(folder: Path, tmp_path: Path) ->
         fit.fit(task, data(folder))
         fit.save_checkpoint(run / "last.ckpt")
         (found,) = fit.test(task, data(folder), verbose=False)
-        assert found["test/bits_per_sample"] < 0.5, name
+        assert found["test/bits_per_sample"] < 0.5, (name, found)
         assert load_tokenizer(run).to_config() == data(folder).tokenizer.to_config()
         (run / "tokenizer.json").unlink()
         tokenizer = find_tokenizer(str(run / "last.ckpt"))
