@@ -33,6 +33,7 @@ MODULES = (
     "accuracy",
     "lengths",
     "cpu",
+    "hidden_rows",
 )
 OUT = Path("runs/benchmarks")
 # Seconds that a whole run may take; cases named by --only take what they need.

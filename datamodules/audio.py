@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from ssm_modal.datamodules.audio_augment import Augmentation
 from ssm_modal.datamodules.audio_batches import AudioBatches, Input, Layout
@@ -32,7 +33,7 @@ from ssm_modal.io.recordings import (
     open_recordings,
 )
 from ssm_modal.io.speech_presets import free_spoken_digits, speech_commands
-from ssm_modal.plots import draw_waveform
+from ssm_modal.plots import draw_waveform, draw_waveform_relevance
 from ssm_modal.tokenizers.waveform import MuLawTokenizer
 
 Source = Literal["folder", "pattern", "manifest", "unlabelled", "free_spoken_digits", "speech_commands"]
@@ -229,8 +230,20 @@ class AudioDataModule(pl.LightningDataModule):
     def draw_example(self, panel: Any, split: str, number: int) -> None:
         """Draw recording `number` of "validation", "test" or "predict" into the matplotlib subfigure `panel`:
         its waveform and its spectrogram."""
-        clips = self._predicted() if split == "predict" else self.clips(split)
-        draw_waveform(panel, clips[number].read(), self.sample_rate)
+        draw_waveform(panel, self._example(split, number).read(), self.sample_rate)
+
+    def example_input(self, split: str, number: int) -> Tensor:
+        """What the model reads of that recording, (1, length): its samples, or their ids."""
+        wave = self._example(split, number).read()
+        return (wave if self.input == "waveform" else MuLawTokenizer().encode(wave)).unsqueeze(0)
+
+    def draw_relevance(self, panel: Any, split: str, number: int, relevance: Tensor) -> None:
+        """As `draw_example`, with the `relevance` of each sample (length,)."""
+        wave = self._example(split, number).read()
+        draw_waveform_relevance(panel, wave, relevance, self.sample_rate)
+
+    def _example(self, split: str, number: int) -> Clip:
+        return (self._predicted() if split == "predict" else self.clips(split))[number]
 
     def _predicted(self) -> list[Clip]:
         splits = self._prepare()

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from ssm_modal.datamodules.dna_batches import DNABatches, Objective
-from ssm_modal.datamodules.dna_plan import Stretch, split_genome
+from ssm_modal.datamodules.dna_plan import Stage, Stretch, split_genome, training_stages
 from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
@@ -55,6 +55,11 @@ class DNADataModule(pl.LightningDataModule):
         objective: "causal" (next token) or "masked".
         length: tokens a training window.
         batch_size: training windows a batch of each process.
+        length_schedule: a warm-up of the length: tokens a window to the training batch it begins with, e.g.
+            `{1024: 0, 8192: 500, 65536: 1000}`, rising, the first at 0 and the last length `length`. Each
+            batch holds length * batch_size tokens, in as many windows as that makes, so each length must
+            divide it. Empty: `length` throughout. Where the run stands is in every checkpoint, so that it
+            goes on in the same stage.
         eval_length: tokens a validation or test window; None: `length`.
         eval_batch_size: windows a validation or test batch; None: `batch_size`.
         val_fraction: the last part of each file's longest record that is kept for validation.
@@ -85,6 +90,7 @@ class DNADataModule(pl.LightningDataModule):
         objective: Objective = "causal",
         length: int = 1024,
         batch_size: int = 16,
+        length_schedule: dict[int, int] | None = None,
         eval_length: int | None = None,
         eval_batch_size: int | None = None,
         val_fraction: float = 0.2,
@@ -118,6 +124,7 @@ class DNADataModule(pl.LightningDataModule):
         self.tokenizer = build_dna_tokenizer(tokenizer)
         self.objective: Objective = objective
         self.length, self.batch_size = length, batch_size
+        self.stages = training_stages(length, batch_size, length_schedule or {})
         self.eval_length, self.eval_batch_size = eval_length or length, eval_batch_size or batch_size
         self.val_fraction = val_fraction
         more = 1 if objective == "causal" else 0
@@ -140,6 +147,11 @@ class DNADataModule(pl.LightningDataModule):
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
+
+    @property
+    def bases_per_token(self) -> int:
+        """Bases by which the text grows with each token."""
+        return self.tokenizer.step
 
     @property
     def genome(self) -> Genome:
@@ -192,16 +204,11 @@ class DNADataModule(pl.LightningDataModule):
     def batches(self, split: str) -> DNABatches:
         """The batches of `split` as pure functions of their index."""
         train = split == "train"
-        batches = DNABatches(
-            self.genome,
-            self.stretches(split),
-            self.tokenizer,
+        batches = self._batches(
+            split,
             self.length if train else self.eval_length,
             self.batch_size if train else self.eval_batch_size,
-            self.objective,
-            self.reverse_complement,
-            self.mask_rate,
-            run_seed(self.seed),
+            self.stages if train else (),
         )
         if (batches.places.count if train else batches.n_windows) == 0:
             longest = max((s.bases for s in batches.stretches), default=0)
@@ -211,6 +218,15 @@ class DNADataModule(pl.LightningDataModule):
                 + (f", a window of {self.length} tokens takes {batches.places.need}" if train else ""),
             )
         return batches
+
+    def window_batches(self, split: str, length: int, batch_size: int) -> DNABatches:
+        """Batches over `split` with windows of another `length` than the module's, for evaluation."""
+        return self._batches(split, length, batch_size, ())
+
+    def record_names(self) -> list[tuple[str, str]]:
+        """The file and the name of each record, by its number."""
+        files = self.genome.files
+        return [(files[record.file].name, record.name) for record in self.genome.records]
 
     def train_dataloader(self) -> ResumableLoader:
         return ResumableLoader.training(
@@ -242,6 +258,20 @@ class DNADataModule(pl.LightningDataModule):
                     f"the checkpoint was trained with {name} {state_dict[name]}, got {mine}; "
                     "resume with the same, or start a new run"
                 )
+
+    def _batches(self, split: str, length: int, batch_size: int, stages: Sequence[Stage]) -> DNABatches:
+        return DNABatches(
+            self.genome,
+            self.stretches(split),
+            self.tokenizer,
+            length,
+            batch_size,
+            self.objective,
+            self.reverse_complement,
+            self.mask_rate,
+            run_seed(self.seed),
+            stages,
+        )
 
     def _evaluation(self, split: str) -> ResumableLoader:
         batches = self.batches(split)

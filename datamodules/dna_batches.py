@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssm_modal.datamodules.dna_masking import IGNORE, mask_tokens
-from ssm_modal.datamodules.dna_plan import Places, Stretch
+from ssm_modal.datamodules.dna_plan import Places, Stage, Stretch
 from ssm_modal.datamodules.resumable import derived_generator, derived_seed, global_rows
 from ssm_modal.io.genome import Genome
 from ssm_modal.tokenizers.dna import DNATokenizer
@@ -33,7 +33,9 @@ class DNABatches:
     with label -100; training windows have none.
 
     stretches: where windows lie. length: tokens a window. augment: in training, read one strand or the other,
-    with equal chance; the window's place is the same. rate: tokens chosen by objective "masked".
+    with equal chance; the window's place is the same. rate: tokens chosen by objective "masked". stages: in
+    training, how long and how many the windows of a batch are, by its index; empty: `length` and
+    `batch_size`.
     """
 
     genome: Genome
@@ -45,11 +47,15 @@ class DNABatches:
     augment: bool = False
     rate: float = 0.15
     seed: int = 0
+    stages: Sequence[Stage] = ()
 
     def __post_init__(self) -> None:
         # Objective "causal" predicts the token behind the window too.
         self._more = 1 if self.objective == "causal" else 0
-        self.places = Places(self.stretches, self.tokenizer.bases_for(self.length + self._more))
+        self.places = self._places(self.length)
+        self._plans = [(one, self._places(one.length)) for one in self.stages] or [
+            (Stage(0, self.length, self.batch_size), self.places)
+        ]
         tokens = [self.tokenizer.tokens_in(s.bases) - self._more for s in self.stretches]
         self._windows = list(accumulate(max(0, -(-n // self.length)) for n in tokens))
 
@@ -64,12 +70,15 @@ class DNABatches:
 
     def make_training(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
         """Batch `index` of windows drawn uniformly from all places, shared out as `global_rows` says."""
+        stage, places = next(plan for plan in reversed(self._plans) if plan[0].first <= index)
         made = []
-        for row in global_rows(index, self.batch_size, rank, world):
-            record, start = self.places.place(derived_seed(self.seed, "dna", row) % self.places.count)
-            minus = self.augment and derived_seed(self.seed, "dna", "strand", row) % 2 == 1
-            made.append(self._window(record, start, start + self.places.need, minus, "train", row))
-        return self._joined(made)
+        for row in global_rows(index, stage.batch_size, rank, world):
+            drawn = derived_seed(self.seed, "dna", stage.length, row)
+            record, start = places.place(drawn % places.count)
+            minus = self.augment and derived_seed(self.seed, "dna", "strand", stage.length, row) % 2 == 1
+            end = start + places.need
+            made.append(self._window(record, start, end, minus, f"train {stage.length}", row))
+        return self._joined(made, stage.length)
 
     def make_evaluation(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
         """Batch `index` of windows end to end: causal, each token of a stretch but its first is predicted
@@ -96,7 +105,7 @@ class DNABatches:
                     number,
                 )
             )
-        return self._joined(made)
+        return self._joined(made, self.length)
 
     def _window(
         self, record: int, start: int, end: int, minus: bool, stage: str, number: int
@@ -111,9 +120,12 @@ class DNABatches:
             ids, labels = mask_tokens(tokens, self.tokenizer, generator, self.rate)
         return ids, labels, record, start
 
-    def _joined(self, made: Sequence[tuple[Tensor, Tensor, int, int]]) -> dict[str, Tensor]:
-        ids = torch.full((len(made), self.length), self.tokenizer.pad_id, dtype=torch.int64)
-        labels = torch.full((len(made), self.length), IGNORE, dtype=torch.int64)
+    def _places(self, length: int) -> Places:
+        return Places(self.stretches, self.tokenizer.bases_for(length + self._more))
+
+    def _joined(self, made: Sequence[tuple[Tensor, Tensor, int, int]], length: int) -> dict[str, Tensor]:
+        ids = torch.full((len(made), length), self.tokenizer.pad_id, dtype=torch.int64)
+        labels = torch.full((len(made), length), IGNORE, dtype=torch.int64)
         for row, (given, wanted, _, _) in enumerate(made):
             ids[row, : given.shape[0]] = given
             labels[row, : wanted.shape[0]] = wanted

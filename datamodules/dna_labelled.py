@@ -18,9 +18,10 @@ from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.labelled_sequences import LabelledSequence, class_names, read_labelled_sequences
-from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement
+from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement, text_of
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path
+from ssm_modal.plots import draw_track
 from ssm_modal.tokenizers.dna import DNATokenizer
 
 
@@ -34,9 +35,11 @@ class LabelledDNABatches:
         cu_seqlens (n + 1,) int64: where each begins, and the end
         labels (n,) int64: the class
         recordings (n,) int64: the place of each in `sequences`
+        in_training (n,) bool: where `seen` is given, whether each stands in training
 
     plan: which sequences stand in which batch. classes: their names, in the order of their numbers. augment:
     in training, each sequence is read on one strand or the other, with equal chance, anew in each epoch.
+    seen: (sequences,) bool, which of them stand in training, None where that is not asked.
     """
 
     sequences: Sequence[LabelledSequence]
@@ -44,6 +47,7 @@ class LabelledDNABatches:
     classes: Sequence[str]
     tokenizer: DNATokenizer
     augment: bool = False
+    seen: Tensor | None = None
     _evaluation: list[Parts] | None = field(default=None, repr=False)
 
     @property
@@ -68,12 +72,15 @@ class LabelledDNABatches:
     def _batch(self, parts: Parts, epoch: int | None) -> dict[str, Tensor]:
         rows = parts.recording.tolist()
         number = {name: i for i, name in enumerate(self.classes)}
-        return {
+        batch = {
             "ids": torch.cat([self._ids(row, epoch) for row in rows])[None],
             "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), parts.sizes.cumsum(0)]),
             "labels": torch.tensor([number[self.sequences[row].label] for row in rows], dtype=torch.int64),
             "recordings": parts.recording.clone(),
         }
+        if self.seen is not None:
+            batch["in_training"] = self.seen[parts.recording]
+        return batch
 
     def _ids(self, row: int, epoch: int | None) -> Tensor:
         letters = letters_of(self.sequences[row].sequence)
@@ -87,7 +94,8 @@ class DNAClassificationDataModule(pl.LightningDataModule):
     """Batches of labelled sequences from CSV files `sequence,label`, one for each split, as GUE has them.
 
     Sequences are packed end to end, never padded; batches are cut by a budget of tokens. See
-    `LabelledDNABatches` for what a batch holds. Every batch is a pure function of (seed, split, index,
+    `LabelledDNABatches` for what a batch holds; those of validation and test say which of their sequences
+    stand in training too. Every batch is a pure function of (seed, split, index,
     process).
 
     Args:
@@ -164,6 +172,27 @@ class DNAClassificationDataModule(pl.LightningDataModule):
             raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         return self._prepare()[split]
 
+    def in_training(self, split: str) -> Tensor:
+        """(sequences,) bool: which sequences of `split` stand in training, letter by letter, on either
+        strand."""
+        known = {one.sequence for one in self.sequences("train")}
+        return torch.tensor(
+            [
+                one.sequence in known or text_of(reverse_complement(letters_of(one.sequence))) in known
+                for one in self.sequences(split)
+            ],
+            dtype=torch.bool,
+        )
+
+    def example_input(self, split: str, number: int) -> Tensor:
+        """What the model reads of sequence `number` of "validation", "test" or "predict": (1, tokens)."""
+        one = self.sequences("test" if split == "predict" else split)[number]
+        return self.tokenizer.encode_letters(letters_of(one.sequence)).unsqueeze(0)
+
+    def draw_relevance(self, panel: Any, split: str, number: int, relevance: Tensor) -> None:
+        """Draw the `relevance` of that sequence's tokens (tokens,) into the matplotlib subfigure `panel`."""
+        draw_track(panel, relevance, unit="base" if self.tokenizer.span == 1 else "token")
+
     def setup(self, stage: str | None = None) -> None:
         """Read the files; at the start of `fit`, write down the tokenizer and what was left out."""
         self._prepare()
@@ -188,7 +217,10 @@ class DNAClassificationDataModule(pl.LightningDataModule):
             None,
             run_seed(self.seed),
         )
-        return LabelledDNABatches(sequences, plan, self._classes, self.tokenizer, self.reverse_complement)
+        seen = None if train else self.in_training(split)
+        return LabelledDNABatches(
+            sequences, plan, self._classes, self.tokenizer, self.reverse_complement, seen
+        )
 
     def train_dataloader(self) -> ResumableLoader:
         return ResumableLoader.training(

@@ -1,9 +1,10 @@
-"""Which stretches of a genome are trained on, validated on and tested on, and where windows begin in them."""
+"""Which stretches of a genome are trained on, validated on and tested on, where windows begin in them, and
+how long training's windows are when."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -90,6 +91,50 @@ class Places:
         at = bisect_right(self._ends, number)
         stretch = self.stretches[at]
         return stretch.record, stretch.start + number - (self._ends[at - 1] if at else 0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From training batch `first` on, batches hold `batch_size` windows of `length` tokens."""
+
+    first: int
+    length: int
+    batch_size: int
+
+
+def training_stages(length: int, batch_size: int, schedule: Mapping[int, int]) -> tuple[Stage, ...]:
+    """The stages of a length warm-up: `schedule` gives each length the batch it begins with.
+
+    Every batch holds length * batch_size tokens. Without a schedule there is one stage. Raises ValueError
+    where lengths or beginnings do not rise, the first does not begin at 0, the last length is not `length`,
+    or a length does not divide the tokens of a batch.
+    """
+    if not schedule:
+        return (Stage(0, length, batch_size),)
+    tokens = length * batch_size
+    stages: list[Stage] = []
+    for own, first in schedule.items():
+        for what, number, least in (("length", own, 1), ("beginning", first, 0)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(
+                    f"length_schedule holds the {what} {number!r}, expected a whole number of {least} or more"
+                )
+        if stages and (own <= stages[-1].length or first <= stages[-1].first):
+            raise ValueError(
+                f"length_schedule goes from {stages[-1].length}: {stages[-1].first} to {own}: {first}, "
+                "expected lengths and beginnings that rise"
+            )
+        if tokens % own:
+            raise ValueError(
+                f"length_schedule holds the length {own}, which does not divide the {tokens} tokens of a "
+                f"batch (length {length} x batch_size {batch_size})"
+            )
+        stages.append(Stage(first, own, tokens // own))
+    if stages[0].first != 0:
+        raise ValueError(f"length_schedule begins with batch {stages[0].first}, expected 0")
+    if stages[-1].length != length:
+        raise ValueError(f"length_schedule ends with {stages[-1].length}, expected length, which is {length}")
+    return tuple(stages)
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str], argument: str) -> set[int]:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from ssm_modal.kernels.lti import lti_scan, lti_scan_ref, lti_scan_step, lti_scan_step_
     from ssm_modal.kernels.norm import rms_norm, rms_norm_ref
     from ssm_modal.kernels.scan import (
+        RowCarry,
         selective_scan,
         selective_scan_ref,
+        selective_scan_row,
         selective_scan_step,
         selective_scan_step_,
     )
@@ -30,6 +32,7 @@ _HOMES = {
     "BackendError": "dispatch",
     "Choice": "dispatch",
     "ChunkTable": "sequences",
+    "RowCarry": "scan",
     "Sequences": "sequences",
     "causal_conv1d": "conv",
     "causal_conv1d_ref": "conv",
@@ -44,6 +47,7 @@ _HOMES = {
     "rms_norm_ref": "norm",
     "selective_scan": "scan",
     "selective_scan_ref": "scan",
+    "selective_scan_row": "scan",
     "selective_scan_step": "scan",
     "selective_scan_step_": "scan",
     "use_backend": "dispatch",
@@ -53,6 +57,7 @@ __all__ = [
     "BackendError",
     "Choice",
     "ChunkTable",
+    "RowCarry",
     "Sequences",
     "causal_conv1d",
     "causal_conv1d_ref",
@@ -67,6 +72,7 @@ __all__ = [
     "rms_norm_ref",
     "selective_scan",
     "selective_scan_ref",
+    "selective_scan_row",
     "selective_scan_step",
     "selective_scan_step_",
     "use_backend",

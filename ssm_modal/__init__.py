@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssm_modal.attribution import Attribution, attribute
     from ssm_modal.backbone import Backbone, BackboneConfig, BackboneState
     from ssm_modal.checkpoints import load_pretrained
     from ssm_modal.errors import CheckpointError, ConfigError, StateError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Attribution": "ssm_modal.attribution",
     "Backbone": "ssm_modal.backbone",
     "BackboneConfig": "ssm_modal.backbone",
     "BackboneState": "ssm_modal.backbone",
@@ -37,6 +39,7 @@ _HOME = {
     "Sequences": "ssm_modal.kernels.sequences",
     "State": "ssm_modal.state",
     "StateError": "ssm_modal.errors",
+    "attribute": "ssm_modal.attribution",
     "create_model": "ssm_modal.models",
     "list_models": "ssm_modal.models",
     "load_pretrained": "ssm_modal.checkpoints",
@@ -45,6 +48,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Attribution",
     "Backbone",
     "BackboneConfig",
     "BackboneState",
@@ -55,6 +59,7 @@ __all__ = [
     "Sequences",
     "State",
     "StateError",
+    "attribute",
     "create_model",
     "list_models",
     "load_pretrained",

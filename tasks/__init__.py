@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ssm_modal.tasks.base import StepOutput, TrainingTask
     from ssm_modal.tasks.classification import Classification
+    from ssm_modal.tasks.dna_language import DNALanguageModelling
     from ssm_modal.tasks.language import LanguageModelling
+    from ssm_modal.tasks.masked_language import MaskedLanguageModelling
     from ssm_modal.tasks.optimizers import OptimizerConfig
     from ssm_modal.tasks.schedules import ScheduleConfig
     from ssm_modal.tasks.synthetic import SyntheticTask
 
 _HOMES = {
     "Classification": "classification",
+    "DNALanguageModelling": "dna_language",
     "LanguageModelling": "language",
+    "MaskedLanguageModelling": "masked_language",
     "OptimizerConfig": "optimizers",
     "ScheduleConfig": "schedules",
     "StepOutput": "base",
@@ -25,7 +29,9 @@ _HOMES = {
 
 __all__ = [
     "Classification",
+    "DNALanguageModelling",
     "LanguageModelling",
+    "MaskedLanguageModelling",
     "OptimizerConfig",
     "ScheduleConfig",
     "StepOutput",

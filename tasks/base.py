@@ -33,6 +33,7 @@ except ImportError as error:
 DEFAULT_OPTIMIZER = OptimizerConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
 Recompute = Literal["none", "blocks"]
+InitPart = Literal["all", "backbone", "encoder"]
 
 _CHECKPOINT_KEY = "ssm_modal"
 
@@ -82,7 +83,8 @@ class TrainingTask(LightningModule):
         optimizer: AdamW and its parameter groups.
         schedule: the learning rate over the run.
         init_from: weights to start from: a folder of `save_pretrained`, a run's folder or a `.ckpt`.
-        init_part: "all" of them, or the "backbone" alone, under a new head and embedding.
+        init_part: "all" of them; the "encoder", which is the token embedding and the backbone, under a new
+            head; or the "backbone" alone, under a new head and embedding. Names and shapes must be the same.
         recompute: "blocks" keeps only the input of each block in training and computes the rest of it again
             in the backward (memory: one block's activations beside the inputs of all), for models that need
             the whole sequence, such as bidirectional ones; "none" leaves it to the model's own
@@ -102,10 +104,12 @@ class TrainingTask(LightningModule):
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
-        init_part: Literal["all", "backbone"] = "all",
+        init_part: InitPart = "all",
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
+        if init_part not in ("all", "backbone", "encoder"):
+            raise ValueError(f"init_part is {init_part!r}, expected all, backbone or encoder")
         if recompute not in ("none", "blocks"):
             raise ValueError(f"recompute is {recompute!r}, expected none or blocks")
         overrides = dict(overrides or {})
@@ -166,21 +170,16 @@ class TrainingTask(LightningModule):
                 "sequence and carries no state; set recompute: blocks instead"
             )
 
-    def _start_from(self, path: str, part: str) -> None:
+    def _start_from(self, path: str, part: InitPart) -> None:
         source: Any = ssm_modal.load_pretrained(path)
-        target: Any = self.model
-        if part == "backbone":
-            if not hasattr(source, "backbone"):
-                raise ValueError(f"init_from={path!r} holds a {type(source).__name__}, which has no backbone")
-            source, target = source.backbone, target.backbone
-        given = source.state_dict()
-        try:
-            check_fit(target, given, f"init_from={path!r} ({part})")
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; set the model's overrides as there, or take init_part: backbone"
-            ) from None
-        target.load_state_dict(given)
+        for name, target, given in _parts(self.model, source, f"init_from={path!r}", part):
+            tensors = given.state_dict()
+            try:
+                check_fit(target, tensors, f"init_from={path!r} ({name})")
+            except CheckpointError as error:
+                other = "" if part == "backbone" else ", or take init_part: backbone"
+                raise CheckpointError(f"{error}; set the model's overrides as there{other}") from None
+            target.load_state_dict(tensors)
 
     # ------------------------------------------------------------------ optimisation
 
@@ -352,6 +351,21 @@ class TrainingTask(LightningModule):
                 "from the average with an optimizer that is at the weights; give the callback WeightAverage "
                 "in trainer.callbacks as there, or start another run from the average with init_from"
             )
+
+
+def _parts(target: Any, source: Any, where: str, part: InitPart) -> list[tuple[str, nn.Module, nn.Module]]:
+    """The modules of the models `target` and `source` that `part` means, each with its name."""
+    if part == "all":
+        return [("all", target, source)]
+    names = ["backbone"] if part == "backbone" else ["token_embedding", "backbone"]
+    for whose, model in ((where, source), ("the model", target)):
+        for name in names:
+            if getattr(model, name, None) is None:
+                raise ValueError(
+                    f"init_part is {part!r}, but {whose} is a {type(model).__name__} without "
+                    f"{name.replace('_', ' ')}"
+                )
+    return [(name.replace("_", " "), getattr(target, name), getattr(source, name)) for name in names]
 
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ssm_modal.errors import ConfigError
@@ -18,6 +20,7 @@ from ssm_modal.tasks.base import (
     DEFAULT_OPTIMIZER,
     DEFAULT_SCHEDULE,
     IGNORE,
+    InitPart,
     OptimizerConfig,
     Recompute,
     ScheduleConfig,
@@ -31,10 +34,12 @@ from ssm_modal.tasks.classification_tables import (
     predictions_table,
     telling_examples,
 )
+from ssm_modal.tasks.matthews import mcc, mcc_interval
 from ssm_modal.tasks.prediction_parts import PredictionParts, prediction_key
+from ssm_modal.tasks.relevance import relevance_plot
 
-# What `examples.png` shows at most.
-_EXAMPLES = 12
+# What `examples.png` shows at most, and `relevance.png`.
+_EXAMPLES, _EXPLAINED = 12, 6
 _CHECKPOINT_KEY = "ssm_modal_classification"
 
 
@@ -43,22 +48,34 @@ class Classification(TrainingTask):
 
     A batch has `ids` or `waveform` (batch, length), or (1, total) packed by `cu_seqlens`, and `labels`
     (sequences,) int64, the class, -100 where there is none. `recordings` (sequences,) int64 is optional: what
-    number a sequence has in the data module.
+    number a sequence has in the data module. `in_training` (sequences,) bool is optional too: whether a
+    sequence stands in training.
 
-    Logs `train/loss`, and under `val/` or `test/` `loss` (nats a sequence, without label smoothing) and
-    `accuracy`, exact over batches and processes. A test (`ssm-modal test`, or `fit` when it has ended) writes
-    into the run's folder:
+    Logs `train/loss`, and under `val/` or `test/`, exact over batches and processes:
+
+        loss          nats a sequence, without label smoothing
+        accuracy      the share recognised
+        mcc           Matthews' correlation coefficient over the whole split, of one confusion matrix
+        mcc_low, mcc_high   tests alone: where 95 % of its values lie over `bootstrap` resamplings of the
+                      split's sequences
+        sequences_new, accuracy_new, mcc_new   the same without the sequences that stand in training, where
+                      the batches say which do
+
+    A test (`ssm-modal test`, or `fit` when it has ended) writes into the run's folder:
 
         classes.csv       class, count (its sequences), right (those recognised)
         confusion.csv     a row a true class, a column a predicted one, sequences in each cell
         confusion.png     the same as a picture, with `plots`
         examples.png      with `plots`, sequences drawn: the wrong ones that the model was surest of, then the
                           right ones that it was least sure of
+        relevance.png     with `plots`, the first six of them with what spoke for the class they were taken
+                          for (gradient x input; `ssm-modal explain` does more)
 
     and `ssm-modal validate` the same into `validation/` there.
 
     `ssm-modal predict` writes `results/predictions.csv`: file, predicted, probability, the next classes with
-    theirs (`top_k` in all), label (empty where it is not known), and with `plots` `results/predictions.png`.
+    theirs (`top_k` in all), label (empty where it is not known), and with `plots` `results/predictions.png`
+    and `results/relevance.png`.
     Each file is written whole or not at all; a prediction that was killed goes on behind the batches it had
     done, and writes what it would have written at one go.
 
@@ -69,11 +86,13 @@ class Classification(TrainingTask):
         plots: draw the pictures too; `--plots` on the command line.
         top_k: classes whose probability `predictions.csv` names, the likeliest first; all where there are
             fewer. `results/predictions.pt` has the probability of every class.
+        bootstrap: resamplings of the interval of the MCC, 0 for none.
 
     The data module may have `classes`, the names of the classes in the order of their numbers,
     `predicted_files()`, the name of what each number in `recordings` stands for (without them the numbers are
     the names), and `draw_example(panel, split, number)`, which draws number `number` of "validation", "test"
-    or "predict" into a matplotlib subfigure; without it no examples are drawn.
+    or "predict" into a matplotlib subfigure; without it no examples are drawn. What `relevance.png` takes of
+    it stands at `ssm_modal.tasks.relevance.relevance_plot`.
     """
 
     def __init__(
@@ -83,20 +102,24 @@ class Classification(TrainingTask):
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
-        init_part: Literal["all", "backbone"] = "all",
+        init_part: InitPart = "all",
         label_smoothing: float = 0.0,
         plots: bool = False,
         top_k: int = 5,
         recompute: Recompute = "none",
+        bootstrap: int = 1000,
     ) -> None:
         super().__init__(model, overrides, optimizer, schedule, init_from, init_part, recompute)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more and below 1")
         if not isinstance(self.hparams["model_config"].get("n_classes"), int):
             raise ConfigError(f"model is {model!r}, expected a classifier: a model with n_classes")
+        if bootstrap < 0:
+            raise ValueError(f"bootstrap is {bootstrap}, expected 0 or more")
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"top_k is {top_k!r}, expected a whole number of 1 or more")
         self.label_smoothing, self.plots, self.top_k = label_smoothing, plots, top_k
+        self.bootstrap = bootstrap
         self._confusion: Tensor | None = None
         self._seen: list[dict[str, Any]] = []  # what was decided in this validation or test, for `plots`
         self._parts: PredictionParts | None = None
@@ -177,28 +200,49 @@ class Classification(TrainingTask):
         if stage == "train":
             return StepOutput(loss, count)
         predicted = wide.argmax(-1)
-        self._count(labels, predicted, known)
+        self._count(labels, predicted, known, batch.get("in_training"))
         if self.plots and (stage == "test" or self.trainer.state.fn == "validate"):
             self._seen.append(decided(logits, batch))
         return StepOutput(loss, count, {"accuracy": ((predicted == labels).sum(), count)})
 
-    def _count(self, labels: Tensor, predicted: Tensor, known: Tensor) -> None:
-        """Add a batch to the confusion matrix (n_classes, n_classes) int64, a row a true class."""
+    def _count(self, labels: Tensor, predicted: Tensor, known: Tensor, seen: Tensor | None) -> None:
+        """Add a batch to the confusion matrices (3, n_classes, n_classes) int64, a row a true class: of
+        sequences that do not stand in training, that do, and of which it is not said."""
         n = self.n_classes
         if self._confusion is None:
-            self._confusion = torch.zeros(n, n, dtype=torch.int64, device=labels.device)
-        cells = torch.where(known, labels * n + predicted, n * n)  # the last cell: sequences without a label
-        self._confusion += torch.bincount(cells, minlength=n * n + 1)[: n * n].view(n, n)
+            self._confusion = torch.zeros(3, n, n, dtype=torch.int64, device=labels.device)
+        kind = torch.full_like(labels, 2) if seen is None else seen.to(labels.dtype)
+        cells = (kind * n + labels) * n + predicted
+        cells = torch.where(known, cells, 3 * n * n)  # the last cell: sequences without a label
+        self._confusion += torch.bincount(cells, minlength=3 * n * n + 1)[: 3 * n * n].view(3, n, n)
+
+    def _confusions(self) -> Tensor:
+        n = self.n_classes
+        own = self._confusion
+        total = torch.zeros(3, n, n, dtype=torch.int64, device=self.device) if own is None else own.clone()
+        if int(self.trainer.world_size) > 1:
+            torch.distributed.all_reduce(total)
+        return total.cpu()
 
     def confusion(self) -> Tensor:
         """The matrix of the last validation or test over all processes, (n_classes, n_classes) int64 on the
         host."""
-        n = self.n_classes
-        own = self._confusion
-        total = torch.zeros(n, n, dtype=torch.int64, device=self.device) if own is None else own.clone()
-        if int(self.trainer.world_size) > 1:
-            torch.distributed.all_reduce(total)
-        return total.cpu()
+        return self._confusions().sum(0)
+
+    def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
+        new, seen, unknown = self._confusions()
+        whole = new + seen + unknown
+        if self.n_classes < 2 or not int(whole.sum()):
+            return {}
+        out = {"mcc": float(mcc(whole))}
+        if stage == "test" and self.bootstrap:
+            out["mcc_low"], out["mcc_high"] = mcc_interval(whole, self.bootstrap)
+        if not int(unknown.sum()):
+            count = int(new.sum())
+            out["sequences_new"] = float(count)
+            out["accuracy_new"] = int(new.diagonal().sum()) / count if count else math.nan
+            out["mcc_new"] = float(mcc(new)) if count else math.nan
+        return out
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -227,14 +271,26 @@ class Classification(TrainingTask):
         atomic_write(folder / "confusion.csv", confusion_table(matrix, names))
         if self.plots:
             atomic_write(folder / "confusion.png", confusion_plot(matrix, names))
-            self._draw_examples(folder / "examples.png", split, seen)
+            self._draw_examples(folder, "examples.png", split, seen)
 
-    def _draw_examples(self, file: Path, split: str, found: Sequence[Mapping[str, Tensor]]) -> None:
-        """Draw `telling_examples` into `file`, where the data module can and there are any."""
+    def _draw_examples(
+        self, folder: Path, name: str, split: str, found: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Draw `telling_examples` into the file `name`, and into `relevance.png` what drove the first of
+        these decisions, as far as the data module can and there are any."""
         draw = getattr(self._data, "draw_example", None)
-        examples = telling_examples(found, self.class_names, _EXAMPLES) if callable(draw) else []
+        examples = telling_examples(found, self.class_names, _EXAMPLES)
         if draw is not None and examples:
-            atomic_write(file, examples_plot(examples, lambda panel, number: draw(panel, split, number)))
+            picture = examples_plot(examples, lambda panel, number: draw(panel, split, number))
+            atomic_write(folder / name, picture)
+        try:
+            relevance = relevance_plot(self.model, self._data, split, examples[:_EXPLAINED])
+        except torch.OutOfMemoryError:
+            # Gradients take more memory than the test did; what it found is written already.
+            rank_zero_warn("relevance.png is not drawn: the gradients of its sequences take too much memory")
+            return
+        if relevance is not None:
+            atomic_write(folder / "relevance.png", relevance)
 
     def _gathered(self, own: list[Any]) -> list[Any]:
         """The items of all processes, one process after the other."""
@@ -295,7 +351,7 @@ class Classification(TrainingTask):
         table = predictions_table(batches, self.class_names, files, top_k=self.top_k)
         atomic_write(results / "predictions.csv", table)
         if self.plots:
-            self._draw_examples(results / "predictions.png", "predict", batches)
+            self._draw_examples(results, "predictions.png", "predict", batches)
 
     def predictions(self) -> list[dict[str, Any]]:
         """What `predict_step` found in this process's batches, in order, those kept earlier among them."""

@@ -14,6 +14,7 @@ from ssm_modal.tasks.base import (
     DEFAULT_OPTIMIZER,
     DEFAULT_SCHEDULE,
     IGNORE,
+    InitPart,
     OptimizerConfig,
     Recompute,
     ScheduleConfig,
@@ -44,11 +45,11 @@ class LanguageModelling(TrainingTask):
             the uniform in place of the unigram distribution).
 
     Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a token, the mean over all targets),
-    `perplexity`, `bits_per_byte` where the data module has `bytes_per_token(split)`, and `stream_loss` and
-    `stream_bits_per_byte` of the streamed pass. Where the data module has `sample_levels` (ids below it stand
-    for samples of a waveform, others for begin and end): `bits_per_sample`, the bits of all samples over
-    their number; `bits_per_end`, those of an end; `bits_per_sample_with_end`, all bits over the number of
-    samples.
+    `perplexity`, `bits_per_byte` where the data module has `bytes_per_token(split)`, `nats_per_base` where it
+    has `bases_per_token`, and `stream_loss` and `stream_bits_per_byte` of the streamed pass. Where it has
+    `sample_levels` (ids below it stand for samples of a waveform, others for begin and end):
+    `bits_per_sample`, the bits of all samples over their number; `bits_per_end`, those of an end;
+    `bits_per_sample_with_end`, all bits over the number of samples.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class LanguageModelling(TrainingTask):
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
-        init_part: Literal["all", "backbone"] = "all",
+        init_part: InitPart = "all",
         stream: Literal["off", "validate", "test"] = "off",
         stream_segment: int = 4096,
         input_noise: float = 0.0,
@@ -98,7 +99,7 @@ class LanguageModelling(TrainingTask):
     def derived_metrics(self, stage: str, means: Mapping[str, float]) -> dict[str, float]:
         if "loss" not in means:
             return {}
-        out = {"perplexity": _exp(means["loss"])}
+        out = {"perplexity": safe_exp(means["loss"])} | nats_per_base(means["loss"], self._datamodule)
         split = "validation" if stage == "val" else "test"
         bytes_per_token = self._bytes_per_token(split)
         if bytes_per_token is not None:
@@ -180,5 +181,12 @@ def _waveform_bits(nats: Tensor, labels: Tensor, levels: int) -> StepOutput:
     return StepOutput(nats.double().sum(), (labels != IGNORE).sum(), sums)
 
 
-def _exp(nats: float) -> float:
+def safe_exp(nats: float) -> float:
+    """exp(nats), infinite where a float cannot hold it."""
     return math.exp(nats) if nats < 700 else math.inf
+
+
+def nats_per_base(nats: float, data: Any) -> dict[str, float]:
+    """`nats` a token as nats a base, where the data module says what a token stands for."""
+    bases = getattr(data, "bases_per_token", None)
+    return {"nats_per_base": nats / bases} if isinstance(bases, int) else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ssm_modal.tasks.base import (
     DEFAULT_OPTIMIZER,
     DEFAULT_SCHEDULE,
     IGNORE,
+    InitPart,
     OptimizerConfig,
     Recompute,
     ScheduleConfig,
@@ -68,7 +69,7 @@ class SyntheticTask(TrainingTask):
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
-        init_part: Literal["all", "backbone"] = "all",
+        init_part: InitPart = "all",
         stop_at: float | None = None,
         stop_checks: int = 2,
         segment: int = SEGMENT,

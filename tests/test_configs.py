@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import random
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,24 @@ def recordings(init: dict[str, Any], root: Path) -> None:
         write_wav(root / name, 0.1 * torch.randn(600, generator=generator), rate)
 
 
+def genomes(init: dict[str, Any], root: Path) -> None:
+    """One small record a file of those that a config leaves out, and of one that it does not."""
+    folder = root / init["path"].removeprefix("$SSM_MODAL_DATA/")
+    folder.mkdir(parents=True)
+    for name in [*(pattern.strip("*") for pattern in init["left_out_files"]), "kept"]:
+        letters = "".join(random.Random(name).choices("ACGT", k=400))
+        (folder / f"{name}.fa").write_text(f">{name}\n{letters}\n")
+
+
+def labelled_sequences(init: dict[str, Any], root: Path) -> None:
+    """The three CSV files of a task of GUE."""
+    folder = root / init["path"].removeprefix("$SSM_MODAL_DATA/")
+    folder.mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        rows = [f"{''.join(random.Random(i).choices('ACGT', k=30))},{i % 2}" for i in range(8)]
+        (folder / f"{split}.csv").write_text("\n".join(["sequence,label", *rows]) + "\n")
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.argv", ["ssm-modal"])
@@ -92,6 +111,16 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         del options["data.batch_size"]
         options["data.batch_samples"] = 2000
         recordings(content["data"]["init_args"], tmp_path)
+    if content["data"]["class_path"].endswith("DNADataModule"):
+        genomes(content["data"]["init_args"], tmp_path)
+        options |= {"data.length": 32, "data.length_schedule": "{16: 0, 32: 1}", "data.eval_length": 32}
+        options |= {"data.num_workers": 0, "data.cache_dir": tmp_path / "cache"}
+        if "segment" in content["model"]["init_args"]:
+            options["model.segment"] = 10
+    if content["data"]["class_path"].endswith("DNAClassificationDataModule"):
+        del options["data.batch_size"]
+        options["data.batch_tokens"] = 100
+        labelled_sequences(content["data"]["init_args"], tmp_path)
     args = [f"--{key}={value}" for key, value in options.items()]
     assert main(["fit", "--config", name, *args]) == 0, capsys.readouterr().err
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -100,8 +129,8 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert len(losses) == 2
     assert all(0 < loss < 20 for loss in losses)
-    model = ssm_modal.load_pretrained(tmp_path / "run")
-    assert model.config.backbone.d_model == 16
+    config = ssm_modal.load_pretrained(tmp_path / "run").config
+    assert getattr(config, "backbone", config).d_model == 16
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("text/tinyshakespeare")])
@@ -119,3 +148,11 @@ def test_audio_classifiers_have_at_most_500_thousand_parameters(name: str) -> No
     with torch.device("meta"):
         model = ssm_modal.create_model(init["model"], **init["overrides"])
     assert sum(p.numel() for p in model.parameters()) <= 500_000
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith(("genomics/gue", "genomics/bacteria"))])
+def test_genomic_models_have_at_most_two_or_ten_million_parameters(name: str) -> None:
+    init = read(name)["model"]["init_args"]
+    with torch.device("meta"):
+        model = ssm_modal.create_model(init["model"], **init["overrides"])
+    assert sum(p.numel() for p in model.parameters()) <= (2e6 if "/gue" in name else 10e6)

@@ -24,6 +24,7 @@ ORDER = (
     ("backbone",),
     ("heads",),
     ("models",),
+    ("attribution",),
     ("checkpoints",),
     ("generation",),
     ("cli",),

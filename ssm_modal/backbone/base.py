@@ -28,6 +28,11 @@ class BackboneBaseConfig(Config):
         """Which field lets a step see later ones, in words; None for a causal backbone."""
         return None
 
+    @property
+    def causal(self) -> bool:
+        """Whether no layer sees the future."""
+        return self.sees_the_future() is None
+
 
 class BackboneBase(nn.Module, ABC):
     """(batch, length, d_model) to the same, knowing no modality.

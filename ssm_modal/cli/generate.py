@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     for text in texts:
         if not text:
             raise ValueError("--prompt is empty, expected a text of at least one character to continue")
-    device = _device(args.device)
+    device = find_device(args.device)
     dtype = None if args.dtype is None else _DTYPES[args.dtype]
     place = str(expand_path(args.model, "--model"))
     model = load_pretrained(place, device=device, dtype=dtype)
@@ -208,7 +208,8 @@ def _stored_tokenizer(place: Path) -> TextTokenizer | MuLawTokenizer | None:
     return None
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that --device means; ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

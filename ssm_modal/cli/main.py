@@ -21,6 +21,7 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model, or write WAV files with one of waveforms",
+    "explain": "show which input positions drove a model's decision",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
 }

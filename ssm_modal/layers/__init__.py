@@ -9,6 +9,7 @@ from ssm_modal.layers.mamba import Mamba, MambaConfig, MambaState
 from ssm_modal.layers.mixer import Mixer, MixerConfig, build_mixer
 from ssm_modal.layers.mlp import MLP, MLPConfig
 from ssm_modal.layers.norm import RMSNorm
+from ssm_modal.layers.reverse_complement import Strands, StrandsConfig
 from ssm_modal.layers.s4d import S4D, S4DConfig, S4DState
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "S4D",
     "S4DConfig",
     "S4DState",
+    "Strands",
+    "StrandsConfig",
     "StridedWaveformConfig",
     "WaveformConfig",
     "build_mixer",

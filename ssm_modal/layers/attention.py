@@ -5,17 +5,20 @@ Vaswani et al., arXiv 1706.03762; rotary embedding arXiv 2104.09864; grouped KV 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_modal.errors import ConfigError, StateError
+from ssm_modal.kernels.checks import state_dtype
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
-from ssm_modal.layers.mixer import Mixer, MixerConfig, check_input, check_state
+from ssm_modal.layers.mixer import ROW_CHUNK, Mixer, MixerConfig, check_input, check_state, outward
 from ssm_modal.state import State
 
 BLOCK = 256  # slots a cache grows by
@@ -156,6 +159,44 @@ class Attention(Mixer):
         if rows is not None:
             y = y[rows].unsqueeze(0)
         return y, new if return_state else None
+
+    @torch.no_grad()
+    def attention_row(
+        self,
+        x: Tensor,
+        position: int,
+        *,
+        reverse: bool = False,
+        chunk_size: int = ROW_CHUNK,
+        project_in: Callable[[Tensor], Any] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The softmax weights of each of the n_heads heads. See `Mixer.attention_row`."""
+        check_input(self, x)
+        batch, length, _ = x.shape
+        slots = self._order(length, None, reverse, x.device)
+        project = project_in or self.project_in
+
+        def rotated(at: slice, which: int) -> Tensor:
+            part = project(x[:, at])[which]
+            part = part if self.config.rope_theta is None else self._rotate(part, slots[:, at])
+            return part.to(state_dtype(x.dtype))
+
+        chunks = list(outward(position, length, reverse, chunk_size))
+        if not self.config.causal:
+            # All steps: those behind the ones a causal layer would see.
+            rest = position - 1 if reverse else position + 1
+            if 0 <= rest < length:
+                chunks += outward(rest, length, not reverse, chunk_size)
+        query = rotated(slice(position, position + 1), 0).view(batch, self.n_kv_heads, -1, self.head_dim)
+        scores = []
+        for start, end in chunks:
+            key = rotated(slice(start, end), 1)
+            score = torch.einsum("bgrd,bsgd->bsgr", query, key) / math.sqrt(self.head_dim)
+            scores.append(score.flatten(-2))
+        # One number a step and head: kept for the whole row, since the softmax needs their sum.
+        weights = torch.cat(scores, dim=1).softmax(dim=1).split([end - start for start, end in chunks], dim=1)
+        for (start, _), row in zip(chunks, weights):
+            yield start, row
 
     @staticmethod
     def _order(length: int, fresh: Tensor | None, reverse: bool, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssm_modal.errors import StateError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import Config
-from ssm_modal.layers.mixer import MixerConfig, build_mixer, check_input, check_state
+from ssm_modal.layers.mixer import ROW_CHUNK, MixerConfig, build_mixer, check_input, check_state
 from ssm_modal.state import State
 
 
@@ -74,6 +74,19 @@ class Bidirectional(nn.Module):
 
     def _mean(self, total: Tensor) -> Tensor:
         return total / 2 if self.config.combine == "mean" else total
+
+    def attention_row(
+        self, x: Tensor, position: int, *, reverse: bool = False, chunk_size: int = ROW_CHUNK
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The row of one direction, of its own mixer: from the first step on, or in `reverse` from the last.
+
+        Both rows hold the step at `position` itself, as both mixes do. See `Mixer.attention_row`.
+        """
+        mixer = self.backwards if reverse and self.backwards is not None else self.forwards
+        shared = self.forwards if self.config.share == "projections" else mixer
+        yield from mixer.attention_row(
+            x, position, reverse=reverse, chunk_size=chunk_size, project_in=shared.project_in
+        )
 
     def residual_weights(self) -> Iterator[Tensor]:
         """The weights of the Linears whose output leaves the layer."""

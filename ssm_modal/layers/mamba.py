@@ -7,6 +7,7 @@ Symbols of the paper: Delta is `dt`, E is `expand`, N is `d_state`, R is `dt_ran
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,10 +18,10 @@ from ssm_modal.errors import ConfigError
 from ssm_modal.kernels.checks import state_dtype
 from ssm_modal.kernels.conv import causal_conv1d, causal_conv1d_step
 from ssm_modal.kernels.norm import rms_norm
-from ssm_modal.kernels.scan import selective_scan, selective_scan_step
+from ssm_modal.kernels.scan import RowCarry, selective_scan, selective_scan_row, selective_scan_step
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
-from ssm_modal.layers.mixer import Mixer, MixerConfig, check_input, check_state
+from ssm_modal.layers.mixer import ROW_CHUNK, Mixer, MixerConfig, check_input, check_state, outward
 from ssm_modal.layers.wide import WideParameters
 from ssm_modal.state import State
 
@@ -173,6 +174,50 @@ class Mamba(Mixer, WideParameters):
             return_final_state=True,
         )
         return y, MambaState(conv, ssm) if return_state else None
+
+    @torch.no_grad()
+    def attention_row(
+        self,
+        x: Tensor,
+        position: int,
+        *,
+        reverse: bool = False,
+        chunk_size: int = ROW_CHUNK,
+        project_in: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The hidden attention alpha of arXiv 2403.01590, of each of the d_inner channels.
+
+        As in the paper it weighs the scan's input, which is behind the convolution: the convolution's window,
+        the skip D and the gate z are not in it. See `Mixer.attention_row`.
+        """
+        check_input(self, x)
+        wide = state_dtype(x.dtype)
+        window = self.config.d_conv - 1
+        carry: RowCarry | None = None
+        for start, end in outward(position, x.shape[1], reverse, chunk_size):
+            # The convolution reads the steps before the chunk in scan order too.
+            low, high = (start, end + window) if reverse else (max(start - window, 0), end)
+            projected = (project_in or self.project_in)(x[:, low:high])
+            u = causal_conv1d(
+                projected[..., : self.d_inner],
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation="silu",
+                reverse=reverse,
+            )[:, start - low : end - low]
+            delta, B, C = self._select(u)
+            if carry is None:
+                carry = RowCarry.at(C[:, position - start], self.d_inner)
+            row, carry = selective_scan_row(
+                delta,
+                self._A(wide),
+                B,
+                carry,
+                delta_bias=self.dt_bias.to(wide),
+                delta_softplus=True,
+                reverse=reverse,
+            )
+            yield start, row
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """delta (before bias and softplus), B and C from the input: section 3.2, algorithm 2."""

@@ -7,7 +7,7 @@ mixes under one pair of projections. `forward` joins them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from ssm_modal.errors import StateError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import Config
 from ssm_modal.state import State
+
+ROW_CHUNK = 8192  # steps of a chunk of an attention row: its memory, where the sequence is longer
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,28 @@ class Mixer(nn.Module, ABC):
     def step_(self, x: Tensor, state: Any) -> Tensor:
         """One step, x: (batch, 1, d_model) to the same; changes `state` in place and records no gradients."""
 
+    def attention_row(
+        self,
+        x: Tensor,
+        position: int,
+        *,
+        reverse: bool = False,
+        chunk_size: int = ROW_CHUNK,
+        project_in: Callable[[Tensor], Any] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What the output at `position` takes from each step: a row of the layer's attention matrix.
+
+        x: (batch, length, d_model), the layer's input. reverse: the row of a run from the last step to the
+        first. project_in: used in the place of the layer's own (a bidirectional layer may share it).
+
+        Yields (start, row (batch, steps, channels)) chunk by chunk, from the position outward; steps that the
+        output does not see are in no chunk. fp32, fp64 for fp64 inputs; no gradients are recorded. What a
+        channel is and what the row leaves out stands at each layer.
+
+        Raises NotImplementedError for a layer without such rows, ValueError for a position outside.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no attention row")
+
     def forward(
         self, x: Tensor, state: Any = None, *, seqs: Sequences | None = None, reverse: bool = False
     ) -> tuple[Tensor, Any]:
@@ -139,3 +163,20 @@ def check_state(layer: Any, state: object, x: Tensor, seqs: Sequences | None = N
     if state.batch_size != rows:
         what = "one a sequence" if seqs is not None else "one a batch entry"
         raise StateError(f"{name}: state has {state.batch_size} rows, expected {rows}, {what}")
+
+
+def outward(position: int, length: int, reverse: bool, chunk_size: int) -> Iterator[tuple[int, int]]:
+    """The steps that `position` sees in chunks [start, end), the one with the position first.
+
+    Raises ValueError for a position outside 0 to length - 1 or a chunk_size below 1.
+    """
+    if not 0 <= position < length:
+        raise ValueError(f"position is {position}, expected 0 to {length - 1}, the steps of the layer")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    if reverse:
+        for start in range(position, length, chunk_size):
+            yield start, min(start + chunk_size, length)
+    else:
+        for end in range(position + 1, 0, -chunk_size):
+            yield max(end - chunk_size, 0), end

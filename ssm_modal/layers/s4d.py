@@ -7,6 +7,7 @@ sum.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +20,7 @@ from ssm_modal.kernels.checks import complex_dtype, state_dtype
 from ssm_modal.kernels.lti import lti_scan, lti_scan_step
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
-from ssm_modal.layers.mixer import Mixer, MixerConfig, check_input, check_state
+from ssm_modal.layers.mixer import ROW_CHUNK, Mixer, MixerConfig, check_input, check_state, outward
 from ssm_modal.layers.wide import WideParameters
 from ssm_modal.state import State
 
@@ -149,6 +150,34 @@ class S4D(Mixer, WideParameters):
             return_final_state=True,
         )
         return y, S4DState(ssm) if return_state else None
+
+    @torch.no_grad()
+    def attention_row(
+        self,
+        x: Tensor,
+        position: int,
+        *,
+        reverse: bool = False,
+        chunk_size: int = ROW_CHUNK,
+        project_in: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The convolution kernel K_{position - s} of each of the d_inner channels, the same for every input.
+
+        The skip D and, with output "gate", the gate are not in it. See `Mixer.attention_row`; what is
+        projected does not matter here.
+        """
+        check_input(self, x)
+        dt, A, B, C, _ = self._coefficients(x.dtype)
+        state = A.new_zeros(1, *A.shape)
+        for start, end in outward(position, x.shape[1], reverse, chunk_size):
+            # The kernel is the answer to a single one, read the other way.
+            impulse = dt.new_zeros(1, end - start, self.d_inner)
+            if start <= position < end:
+                impulse[:, position - start] = 1.0
+            row, state = lti_scan(
+                impulse, dt, A, B, C, initial_state=state, reverse=not reverse, return_final_state=True
+            )
+            yield start, row.expand(x.shape[0], -1, -1)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.config.output == "glu":

@@ -4,14 +4,20 @@ from ssm_modal.models import builders  # registers the named models
 from ssm_modal.models.base import Model, ModelConfig
 from ssm_modal.models.causal_lm import CausalLM, CausalLMConfig
 from ssm_modal.models.classifier import ClassifierState, SequenceClassifier, SequenceClassifierConfig
+from ssm_modal.models.masked_lm import MaskedLM, MaskedLMConfig
 from ssm_modal.models.registry import create_model, list_models, model_config, register_model
+from ssm_modal.models.sequence_cnn import SequenceCNN, SequenceCNNConfig
 
 __all__ = [
     "CausalLM",
     "CausalLMConfig",
     "ClassifierState",
+    "MaskedLM",
+    "MaskedLMConfig",
     "Model",
     "ModelConfig",
+    "SequenceCNN",
+    "SequenceCNNConfig",
     "SequenceClassifier",
     "SequenceClassifierConfig",
     "builders",

@@ -42,6 +42,11 @@ class Model(nn.Module):
     config: ModelConfig
     backbone: BackboneBase
 
+    @property
+    def token_embedding(self) -> nn.Embedding | None:
+        """The embedding of token ids, None where the model reads something else."""
+        return None
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into `folder`, made if needed.
 

@@ -7,6 +7,8 @@ Transformer block (attention 4 d_model^2, MLP 8 d_model^2) twice that, so it tak
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ssm_modal.backbone import BackboneConfig, SashimiConfig, WaveNetConfig
 from ssm_modal.layers import (
     AttentionConfig,
@@ -15,12 +17,18 @@ from ssm_modal.layers import (
     MambaConfig,
     MLPConfig,
     S4DConfig,
+    StrandsConfig,
     StridedWaveformConfig,
     WaveformConfig,
 )
 from ssm_modal.models.causal_lm import CausalLMConfig
 from ssm_modal.models.classifier import SequenceClassifierConfig
+from ssm_modal.models.masked_lm import MaskedLMConfig
 from ssm_modal.models.registry import register_model
+from ssm_modal.models.sequence_cnn import SequenceCNNConfig
+from ssm_modal.tokenizers.dna import NucleotideTokenizer
+
+_NUCLEOTIDES = NucleotideTokenizer().vocab_size
 
 
 @register_model
@@ -170,3 +178,68 @@ def ids_classifier() -> SequenceClassifierConfig:
             d_model=128, n_layers=4, mixer=MambaConfig(), bidirectional=BidirectionalConfig()
         ),
     )
+
+
+@register_model
+def dna_lm() -> CausalLMConfig:
+    """Causal Mamba over nucleotides, to be sized by overrides."""
+    return CausalLMConfig(
+        vocab_size=_NUCLEOTIDES, backbone=BackboneConfig(d_model=256, n_layers=8, mixer=MambaConfig())
+    )
+
+
+def _bimamba(d_model: int, n_layers: int) -> BackboneConfig:
+    """BiMamba of arXiv 2403.03234: two directions added under one pair of projections."""
+    return BackboneConfig(
+        d_model=d_model,
+        n_layers=n_layers,
+        mixer=MambaConfig(),
+        bidirectional=BidirectionalConfig(combine="sum", share="projections"),
+    )
+
+
+@register_model
+def caduceus_ps() -> MaskedLMConfig:
+    """Caduceus-PS over nucleotides, of the size of the published model for windows of 131,072 bases
+    (kuleshov-group/caduceus: d_model 256, which counts one strand, 16 layers)."""
+    return MaskedLMConfig(vocab_size=_NUCLEOTIDES, backbone=_bimamba(256, 16), strands=StrandsConfig())
+
+
+@register_model
+def caduceus_ph() -> MaskedLMConfig:
+    """Caduceus-Ph: caduceus_ps without its second strand, to be trained on windows of either strand
+    (`reverse_complement: true` of the data)."""
+    return MaskedLMConfig(vocab_size=_NUCLEOTIDES, backbone=_bimamba(256, 16))
+
+
+def _dna_classifier(strands: StrandsConfig | None = None) -> SequenceClassifierConfig:
+    return SequenceClassifierConfig(
+        n_classes=2,
+        input=IdsConfig(vocab_size=_NUCLEOTIDES),
+        backbone=_bimamba(128, 4),
+        strands=strands,
+    )
+
+
+@register_model
+def caduceus_ps_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA, the same for both strands: the backbone of caduceus_ps, four layers."""
+    return _dna_classifier(StrandsConfig())
+
+
+@register_model
+def caduceus_ph_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA, trained on one strand at a time and evaluated on both, averaged."""
+    return replace(_dna_classifier(StrandsConfig()), strand_use="evaluation")
+
+
+@register_model
+def dna_classifier() -> SequenceClassifierConfig:
+    """Two classes of DNA read on the strand given alone: the plain model beside caduceus_ps_classifier."""
+    return _dna_classifier()
+
+
+@register_model
+def dna_cnn() -> SequenceCNNConfig:
+    """Two classes of DNA by three convolutions: the baseline."""
+    return SequenceCNNConfig(n_classes=2, vocab_size=_NUCLEOTIDES)

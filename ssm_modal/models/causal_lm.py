@@ -68,6 +68,10 @@ class CausalLM(Model):
         self.head = LanguageHead(d_model, config.vocab_size, rows=rows, embedding=tied)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.embedding
+
     def forward(
         self, ids: Tensor, state: State | None = None, *, seqs: Sequences | Tensor | None = None
     ) -> tuple[Tensor, State | None]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_modal.backbone import BackboneBaseConfig
 from ssm_modal.errors import ConfigError, StateError
 from ssm_modal.heads.classification import ClassificationHead, Pooling, PoolingState
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
-from ssm_modal.layers.inputs import InputConfig, StridedState, StridedWaveformConfig
+from ssm_modal.layers.inputs import IdsConfig, IdsInput, InputConfig, StridedState, StridedWaveformConfig
+from ssm_modal.layers.reverse_complement import Strands, StrandsConfig
 from ssm_modal.models.base import Model, ModelConfig
 from ssm_modal.state import State
 
@@ -25,6 +26,18 @@ class SequenceClassifierConfig(ModelConfig):
     pooling: over the steps of each sequence: "mean", "max", or "last" for a causal model, whose last step
     alone has seen all others. head_dropout: on the pooled vector. The model is causal unless
     `backbone.bidirectional` is set or a mixer has causal=False.
+
+    strands: for ids of DNA, None or the tokenizer whose reverse complements are read too; backbone.d_model is
+    the width of one strand. strand_use says how (Caduceus, arXiv 2403.03234):
+
+        "shared"      both strands, always, through the same parameters; the logits are the mean of theirs,
+                      the same whichever strand is given (Caduceus-PS)
+        "aware"       both strands likewise, but their pooled vectors stand side by side under a head of
+                      2 d_model channels, which can tell the given strand from the other
+        "evaluation"  training reads the strand given (its data draws one or the other), evaluation (`eval()`)
+                      takes the mean of the logits of both (Caduceus-Ph)
+
+    A model that reads both strands needs whole sequences and carries no state.
     """
 
     type: ClassVar[str] = "sequence_classifier"
@@ -33,6 +46,8 @@ class SequenceClassifierConfig(ModelConfig):
     input: InputConfig = field(default_factory=StridedWaveformConfig)
     pooling: Pooling = "mean"
     head_dropout: float = 0.0
+    strands: StrandsConfig | None = None
+    strand_use: Literal["shared", "aware", "evaluation"] = "shared"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,11 +59,13 @@ class SequenceClassifierConfig(ModelConfig):
             raise ConfigError(
                 f"{name}: pooling is 'last' with a backbone that is not causal, expected 'mean' or 'max'"
             )
+        if self.strands is not None and not isinstance(self.input, IdsConfig):
+            raise ConfigError(f"{name}: strands is set, but the input is {self.input.type!r}, not ids")
 
     @property
     def causal(self) -> bool:
         """Whether no layer sees the future."""
-        return self.backbone.sees_the_future() is None
+        return self.backbone.causal
 
     @property
     def backbone_config(self) -> BackboneBaseConfig:
@@ -83,7 +100,17 @@ class SequenceClassifier(Model):
         d_model = config.backbone.d_model
         self.input = config.input.build(d_model)
         self.backbone = config.backbone.build()
-        self.head = ClassificationHead(d_model, config.n_classes, config.pooling, config.head_dropout)
+        self.strands = None
+        if config.strands is not None and isinstance(config.input, IdsConfig):
+            self.strands = Strands(config.strands, config.input.vocab_size)
+        self._aware = self.strands is not None and config.strand_use == "aware"
+        width = 2 * d_model if self._aware else d_model
+        self.head = ClassificationHead(width, config.n_classes, config.pooling, config.head_dropout)
+        self.has_state = self.backbone.has_state and self.strands is None
+
+    @property
+    def token_embedding(self) -> nn.Embedding | None:
+        return self.input.embedding if isinstance(self.input, IdsInput) else None
 
     def forward(
         self,
@@ -103,6 +130,8 @@ class SequenceClassifier(Model):
         and StateError for a state that does not fit or given to a model that has none.
         """
         seqs = self._check(x, state, seqs)
+        if self.strands is not None and not (self.training and self.config.strand_use == "evaluation"):
+            return self._of_both_strands(self.strands, x, seqs), None
         vectors, steps, front = self.input(x, None if state is None else state.front, seqs=seqs)
         before = None if state is None else state.backbone
         if vectors.shape[1] == 0 and self.backbone.has_state:
@@ -114,15 +143,31 @@ class SequenceClassifier(Model):
             hidden, after = self.backbone(vectors, before, seqs=steps)
         pooled = self.head.pool(hidden, None if state is None else state.pooled, seqs=steps)
         logits = self.head.logits(pooled)
-        return logits, None if after is None else ClassifierState(front, after, pooled)
+        if after is None or not self.has_state:
+            return logits, None
+        return logits, ClassifierState(front, after, pooled)
+
+    def _of_both_strands(self, strands: Strands, x: Tensor, seqs: Sequences | None) -> Tensor:
+        rows, packed = strands.both(x, seqs)
+        vectors, _, _ = self.input(rows, seqs=packed)
+        hidden, _ = self.backbone(vectors, seqs=packed)
+        pooled = self.head.pool(hidden, seqs=packed)
+        if self._aware:
+            given, other = pooled.total.chunk(2)
+            side_by_side = torch.cat([given, other], dim=-1)
+            return self.head.logits(PoolingState(side_by_side, pooled.count[: len(given)]))
+        given, other = self.head.logits(pooled).chunk(2)
+        return (given + other) / 2
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ClassifierState:
         """The state before the first sample for `batch` rows; device and dtype default to the parameters'.
 
-        Raises StateError where a layer needs the whole sequence.
+        Raises StateError where a layer, or the other strand, needs the whole sequence.
         """
+        if not self.has_state:
+            raise StateError("SequenceClassifier: needs the whole sequence, so it has no state")
         return ClassifierState(
             self.input.init_state(batch, device=device, dtype=dtype),
             self.backbone.init_state(batch, device=device, dtype=dtype),
@@ -141,8 +186,8 @@ class SequenceClassifier(Model):
             seqs = Sequences.from_cu_seqlens(seqs, x.shape[1], x.device)
         if state is None:
             return seqs
-        if not self.backbone.has_state:
-            raise StateError(f"{name}: was given a state, but a layer needs the whole sequence and has none")
+        if not self.has_state:
+            raise StateError(f"{name}: was given a state, but needs the whole sequence and has none")
         if not isinstance(state, ClassifierState):
             raise StateError(f"{name}: state is a {type(state).__name__}, expected ClassifierState")
         if (state.front is None) != (self.input.state_type is None):

@@ -3,6 +3,25 @@
 from ssm_modal.plots.confusion import confusion_plot
 from ssm_modal.plots.examples import Example, examples_plot
 from ssm_modal.plots.figure import new_figure, png
+from ssm_modal.plots.relevance import (
+    draw_image_relevance,
+    draw_tokens,
+    draw_track,
+    draw_waveform_relevance,
+    token_lines,
+)
 from ssm_modal.plots.waveform import draw_waveform
 
-__all__ = ["Example", "confusion_plot", "draw_waveform", "examples_plot", "new_figure", "png"]
+__all__ = [
+    "Example",
+    "confusion_plot",
+    "draw_image_relevance",
+    "draw_tokens",
+    "draw_track",
+    "draw_waveform",
+    "draw_waveform_relevance",
+    "examples_plot",
+    "new_figure",
+    "png",
+    "token_lines",
+]

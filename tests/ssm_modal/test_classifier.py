@@ -299,7 +299,7 @@ def test_wrong_states_and_packings_are_named() -> None:
         causal(x[:1], seqs=torch.tensor([0, 8]))
     with pytest.raises(StateError, match="state has 3 rows, expected 2"):
         causal(x, causal.init_state(3))
-    with pytest.raises(StateError, match="a layer needs the whole sequence and has none"):
+    with pytest.raises(StateError, match="needs the whole sequence and has none"):
         both(x, causal.init_state(2))
     with pytest.raises(StateError, match="whole sequence"):
         both.init_state(2)

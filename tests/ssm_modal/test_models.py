@@ -16,8 +16,10 @@ from ssm_modal.layers import AttentionConfig, MambaConfig, MLPConfig, S4DConfig
 from ssm_modal.models import (
     CausalLM,
     CausalLMConfig,
+    MaskedLMConfig,
     ModelConfig,
     SequenceClassifierConfig,
+    SequenceCNNConfig,
     model_config,
     register_model,
 )
@@ -297,19 +299,26 @@ def test_registering_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_registered_model_builds_and_runs_small(name: str) -> None:
     config = model_config(name)
     assert ModelConfig.from_dict(config.to_dict()) == config
+    if isinstance(config, SequenceCNNConfig):
+        logits, state = ssm_modal.create_model(name, n_classes=3, d_model=32)(torch.tensor([[1, 2, 3] * 4]))
+        assert logits.shape == (1, 3)
+        assert state is None
+        return
     if isinstance(config, SequenceClassifierConfig):
         classifier = ssm_modal.create_model(name, n_classes=3, d_model=32, n_layers=2)
         x = torch.tensor([[1, 2, 3]]) if config.input.type == "ids" else torch.randn(1, 40)
         logits, state = classifier(x)
         assert logits.shape == (1, 3)
         assert torch.isfinite(logits).all()
-        assert (state is not None) == config.causal
+        assert (state is not None) == (config.causal and config.strands is None)
         return
-    model = ssm_modal.create_model(name, vocab_size=10, d_model=32, n_layers=2)
+    # A model of both strands has the vocabulary of its tokenizer alone.
+    vocab_size = config.vocab_size if getattr(config, "strands", None) else 10
+    model = ssm_modal.create_model(name, vocab_size=vocab_size, d_model=32, n_layers=2)
     logits, state = model(torch.tensor([[1, 2, 3]]))
-    assert logits.shape == (1, 3, 10)
+    assert logits.shape == (1, 3, vocab_size)
     assert torch.isfinite(logits).all()
-    assert state.batch_size == 1
+    assert state is None if isinstance(config, MaskedLMConfig) else state.batch_size == 1
 
 
 @pytest.mark.parametrize(

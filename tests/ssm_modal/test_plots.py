@@ -10,7 +10,16 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from ssm_modal.plots import Example, confusion_plot, draw_waveform, examples_plot, new_figure
+from ssm_modal.plots import (
+    Example,
+    confusion_plot,
+    draw_image_relevance,
+    draw_tokens,
+    draw_waveform,
+    draw_waveform_relevance,
+    examples_plot,
+    new_figure,
+)
 
 
 def test_a_confusion_matrix_of_every_size_is_a_png() -> None:
@@ -53,3 +62,60 @@ def test_the_spectrogram_shows_a_tone_at_its_frequency() -> None:
         1.0, abs=0.02
     )
     draw_waveform(new_figure(2, 2), wave[:3], rate)  # shorter than a window
+
+
+def test_a_waveform_takes_the_colour_of_what_its_samples_count() -> None:
+    figure = new_figure(4, 3)
+    wave = torch.linspace(-0.5, 0.5, 4000)
+    relevance = torch.zeros(250)  # a step for 16 samples
+    relevance[100:110] = torch.tensor([1.0, -1.0] * 5)
+    relevance[200] = 2.0
+    draw_waveform_relevance(figure, wave, relevance, 8000)
+    above, below = figure.axes
+    bars = below.patches
+    # 1000 pixels at most: a step is four samples too many, so a pixel is a step.
+    assert len(bars) == 250
+    assert [bar.get_height() for bar in bars] == relevance.tolist()
+    assert bars[200].get_x() == pytest.approx(200 * 16 / 8000)
+    colours = above.collections[0].get_colors()
+    assert colours[200].tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert colours[0].tolist() == pytest.approx([1.0] * 4, abs=0.01)
+    assert colours[101].tolist() == pytest.approx([0.5, 0.5, 1.0, 1.0], abs=0.01)  # it spoke against
+    lines = above.collections[0].get_segments()
+    assert lines[0][0][1] == pytest.approx(-0.5, abs=0.005)
+    assert lines[0][1][1] == pytest.approx(float(wave[16]), abs=0.005)
+
+
+def test_tokens_stand_on_their_colours_in_lines() -> None:
+    figure = new_figure(8, 3)
+    relevance = torch.zeros(100)
+    relevance[97] = 3.0
+    draw_tokens(figure, ["$"] * 100, relevance, start=7)
+    axes = figure.axes[0]
+    boxes = axes.patches
+    assert len(boxes) == 100
+    assert (boxes[97].get_x(), boxes[97].get_y()) == (17, 0.5)  # the second line, 18th character
+    assert boxes[97].get_facecolor()[0] > boxes[97].get_facecolor()[1]
+    numbers = [text.get_text() for text in axes.texts if text.get_text() != "$"]
+    assert numbers == ["7", "87"]
+    with pytest.raises(ValueError, match="tokens has 1 entries, expected 100"):
+        draw_tokens(figure, ["a"], relevance)
+    many = new_figure(8, 3)
+    draw_tokens(many, ["a"] * 2500, torch.ones(2500), start=100)
+    assert many.axes[0].get_xlabel() == "token"
+    assert sum(bar.get_height() for bar in many.axes[0].patches) == pytest.approx(2500)
+    assert many.axes[0].patches[0].get_x() == pytest.approx(99.5)
+
+
+def test_patches_lie_over_the_whole_image() -> None:
+    figure = new_figure(6, 3)
+    image = torch.rand(8, 12, 3)
+    relevance = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    draw_image_relevance(figure, image, relevance)
+    left, right = figure.axes[:2]
+    assert torch.equal(torch.from_numpy(left.images[0].get_array()), image)
+    over = right.images[1]
+    assert tuple(over.get_extent()) == (-0.5, 11.5, 7.5, -0.5)
+    assert over.get_array().tolist() == relevance.tolist()
+    assert (over.norm.vmin, over.norm.vmax) == (0.0, 5.0)
+    draw_image_relevance(new_figure(6, 3), torch.rand(4, 4, 1), -torch.ones(4, 4))

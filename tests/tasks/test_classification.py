@@ -80,7 +80,7 @@ def test_sums_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [int(n) for n in out.sums["accuracy"]] == [2, 3]
     task.step({"logits": logits[:2], "labels": labels[:2]}, "val")
     assert task._confusion is not None
-    assert task._confusion.tolist() == [[3, 0, 0], [0, 0, 0], [0, 2, 0]]
+    assert task._confusion.sum(0).tolist() == [[3, 0, 0], [0, 0, 0], [0, 2, 0]]
     train = task.step({"logits": logits, "labels": labels}, "train")
     smoothed = 0.7 * plain - 0.3 * logs[:3].mean(-1).sum()
     assert float(train.loss) == pytest.approx(float(smoothed), rel=1e-6)
@@ -224,10 +224,11 @@ def test_a_folder_of_recordings_to_predictions(
     assert (run_dir / "examples.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command("validate", folder, run_dir), "--plots"]) == 0, capsys.readouterr().err
     written = sorted(file.name for file in (run_dir / "validation").iterdir())
-    assert written == ["classes.csv", "confusion.csv", "confusion.png", "examples.png"]
+    assert written == ["classes.csv", "confusion.csv", "confusion.png", "examples.png", "relevance.png"]
     assert sum(int(row[1]) for row in table(run_dir / "validation" / "classes.csv")[1:]) == 6
     assert main([*command("predict", folder, run_dir), "--plots"]) == 0, capsys.readouterr().err
     assert (run_dir / "results" / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "results" / "relevance.png").read_bytes().startswith(b"\x89PNG")
 
     others = tones(tmp_path / "others", labelled=False, each=3)
     own = ["predict", "--config", str(run_dir / "config.yaml"), "--data.init_args.predict=all"]
