@@ -19,7 +19,7 @@ from ssm_modal.io.genome import open_genome
 from ssm_modal.io.nucleotides import text_of
 from ssm_modal.io.regions import parse_region
 from ssm_modal.io.text import read_text
-from ssm_modal.models import Model, SequenceClassifier
+from ssm_modal.models import CausalLM, Model, SequenceClassifier
 from ssm_modal.plots import draw_tokens, draw_waveform_relevance, token_lines
 from ssm_modal.tokenizers import ByteTokenizer, DNATokenizer, MuLawTokenizer, TextTokenizer
 
@@ -79,7 +79,7 @@ def read_input(
     readers raise for bad files.
     """
     # Classes that a language model's recordings have are not what it predicts.
-    classes = tuple(data.get("classes", ())) if isinstance(model, SequenceClassifier) else ()
+    classes = () if isinstance(model, CausalLM) else tuple(data.get("classes", ()))
     kind = model.config.input.type if isinstance(model, SequenceClassifier) else "ids"
     mu_law = kind == "ids" and data.get("input") == "mu_law"
     if kind in ("waveform", "strided_waveform") or mu_law:
