@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ssm_modal.attribution import Attribution, attribute
     from ssm_modal.backbone import Backbone, BackboneConfig, BackboneState
-    from ssm_modal.checkpoints import load_pretrained
+    from ssm_modal.checkpoints import load_pretrained, save_pretrained
     from ssm_modal.errors import CheckpointError, ConfigError, StateError
     from ssm_modal.kernels.sequences import Sequences
     from ssm_modal.models import (
@@ -45,6 +45,7 @@ _HOME = {
     "load_pretrained": "ssm_modal.checkpoints",
     "model_config": "ssm_modal.models",
     "register_model": "ssm_modal.models",
+    "save_pretrained": "ssm_modal.checkpoints",
 }
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "load_pretrained",
     "model_config",
     "register_model",
+    "save_pretrained",
 ]
 
 

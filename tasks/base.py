@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import ssm_modal
 from ssm_modal.backbone import BackboneBase
-from ssm_modal.checkpoints.native import check_fit
+from ssm_modal.checkpoints.fit import check_fit
 from ssm_modal.cli.logged_steps import logs_this_step
 from ssm_modal.errors import CheckpointError
 from ssm_modal.heads.chunked_loss import IGNORE
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers import collect_routing, load_balancing_loss
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
 from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
 
@@ -222,8 +223,10 @@ class TrainingTask(LightningModule):
         np.random.seed(own % 2**32)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The mean loss over the targets of all processes' batches."""
-        out = self.step(batch, "train")
+        """The mean loss over the targets of all processes' batches, and of a mixture of experts the
+        load-balancing loss of this process' batch times `aux_loss_coef`."""
+        with collect_routing(self.model) as routing:
+            out = self.step(batch, "train")
         totals = torch.stack([out.loss.detach().double(), out.count.double()])
         world = int(self.trainer.world_size)
         if world > 1:
@@ -232,6 +235,11 @@ class TrainingTask(LightningModule):
         # DDP averages gradients over the processes: with this factor the result is the mean over all targets,
         # also where the processes hold unequal numbers of them.
         loss = out.loss * (world / count).to(out.loss.dtype)
+        if routing:
+            balance = load_balancing_loss(routing)
+            loss = loss + self._backbone("aux_loss_coef").config.aux_loss_coef * balance
+            if logs_this_step(self.trainer):
+                self.log("train/load_balancing_loss", balance.detach().float())
         if logs_this_step(self.trainer):
             self.log("train/loss", (totals[0] / count).float(), prog_bar=True)
         return loss

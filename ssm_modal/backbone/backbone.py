@@ -39,6 +39,7 @@ class BackboneState(State):
 class Backbone(BackboneBase):
     """(batch, length, d_model) to the same: n_layers pre-norm blocks and a final RMSNorm."""
 
+    config: BackboneConfig
     state_type = BackboneState
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -61,9 +62,9 @@ class Backbone(BackboneBase):
         """The one place where initialisation depends on the depth.
 
         Linear biases start at zero. Every weight that writes into the residual stream is divided by the root
-        of the number of such writes, n_layers or 2 n_layers with MLPs, as GPT-2 and the published Mamba do.
+        of the number of such writes, one a mixer and one an MLP, as GPT-2 and the published Mamba do.
         """
-        writes = self.config.n_layers * (1 if self.config.mlp is None else 2)
+        writes = sum(1 if block.mlp is None else 2 for block in self._blocks())
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()

@@ -29,6 +29,11 @@ class BackboneBaseConfig(Config):
         return None
 
     @property
+    def aux_loss_coef(self) -> float:
+        """How much of the load-balancing loss training adds; 0 without a mixture of experts."""
+        return 0.0
+
+    @property
     def causal(self) -> bool:
         """Whether no layer sees the future."""
         return self.sees_the_future() is None
@@ -41,6 +46,7 @@ class BackboneBase(nn.Module, ABC):
     be set at any time: in training keep the inputs of blocks alone and compute the rest again.
     """
 
+    config: BackboneBaseConfig
     d_model: int
     has_state: bool = True
     gradient_checkpointing: bool

@@ -1,4 +1,4 @@
-"""One pre-norm residual block: a mixer and, where the config has one, an MLP."""
+"""One pre-norm residual block: a mixer and, where the config has one, an MLP or a mixture of experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from ssm_modal.backbone.config import BackboneConfig
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.bidirectional import Bidirectional
 from ssm_modal.layers.mixer import Mixer, build_mixer
-from ssm_modal.layers.mlp import MLP
 from ssm_modal.layers.norm import RMSNorm
 from ssm_modal.state import State
 
@@ -30,15 +29,16 @@ class Block(nn.Module):
         self.mixer = mixer
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps) if config.mlp is not None else None
-        self.mlp = MLP(config.d_model, config.mlp) if config.mlp is not None else None
+        mlp = config.mlp_of(layer)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps) if mlp is not None else None
+        self.mlp = mlp.build(config.d_model) if mlp is not None else None
         self.dropout = nn.Dropout(config.dropout) if config.dropout else None
 
     def residual_weights(self) -> Iterator[Tensor]:
-        """The weights of the Linears whose output is added to the stream."""
+        """The weights whose product is added to the stream."""
         yield from self.mixer.residual_weights()
         if self.mlp is not None:
-            yield self.mlp.out_proj.weight
+            yield from self.mlp.residual_weights()
 
     def _norm(self, norm: RMSNorm, branch: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         if residual is None:

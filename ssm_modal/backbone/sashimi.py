@@ -20,9 +20,9 @@ from ssm_modal.backbone.config import BackboneConfig
 from ssm_modal.errors import ConfigError, StateError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
+from ssm_modal.layers.feed_forward import FeedForwardConfig
 from ssm_modal.layers.mamba import MambaConfig
 from ssm_modal.layers.mixer import MixerConfig, check_input, check_state
-from ssm_modal.layers.mlp import MLPConfig
 from ssm_modal.layers.pooling import DownPool, UpPool, queue_through
 from ssm_modal.layers.s4d import S4DConfig
 from ssm_modal.state import State
@@ -46,7 +46,7 @@ class SashimiConfig(BackboneBaseConfig):
         default_factory=lambda: (S4DConfig(expand=1), MambaConfig())
     )
     down_layers: int = 0
-    mlp: MLPConfig | None = None
+    mlp: FeedForwardConfig | tuple[FeedForwardConfig | None, ...] | None = None
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
     dropout: float = 0.0
@@ -93,6 +93,10 @@ class SashimiConfig(BackboneBaseConfig):
             gradient_checkpointing=self.gradient_checkpointing,
         )
 
+    @property
+    def aux_loss_coef(self) -> float:
+        return self.stage(0).aux_loss_coef
+
     def build(self) -> Sashimi:
         return Sashimi(self)
 
@@ -136,6 +140,7 @@ class Sashimi(BackboneBase):
     stand at different places in their frames.
     """
 
+    config: SashimiConfig
     state_type = SashimiState
 
     def __init__(self, config: SashimiConfig) -> None:

@@ -29,8 +29,8 @@ from ssm_modal.errors import StateError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.state import State
 
-Body = Callable[[Segment, Any], tuple[Tensor, Any]]
-Head = Callable[[Tensor, Segment], Tensor | tuple[Tensor, ...]]
+Body = Callable[[Segment, Any], tuple[Any, Any]]  # its hidden is for the head alone, in any form
+Head = Callable[[Any, Segment], Tensor | tuple[Tensor, ...]]
 
 
 def sum_over_segments(

@@ -95,6 +95,7 @@ class WaveNet(BackboneBase):
     The paper's last 1x1 convolution is the head that reads this. Causal, with a state of constant size.
     """
 
+    config: WaveNetConfig
     state_type = WaveNetState
 
     def __init__(self, config: WaveNetConfig) -> None:

@@ -6,16 +6,22 @@ import os
 import re
 from pathlib import Path
 
+from ssm_modal.checkpoints.companions import COMPANIONS
+from ssm_modal.checkpoints.weights import WEIGHTS_FILES
 from ssm_modal.errors import CheckpointError
-from ssm_modal.models.base import CONFIG_FILE, WEIGHTS_FILE
+from ssm_modal.models.base import CONFIG_FILE
 
-# What is fetched of a repository: the model, and the tokenizer that `ssm-modal generate` looks for beside it.
-_HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json"]
+# What is fetched of a repository: the model and the files beside it; torch's own files only where there is no
+# safetensors.
+_HUB_FILES = [CONFIG_FILE, "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+_TORCH_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The folder with config.json and model.safetensors, or the .ckpt file, that `path` stands for.
+    """The folder with config.json and weights, or the .ckpt file, that `path` stands for.
+
+    Weights are model.safetensors or pytorch_model.bin, or shards of either with their index.
 
     A run's folder stands for its best checkpoint, else its last: `checkpoints/best*.ckpt`, then `last*.ckpt`,
     then any .ckpt, the newest of several. A path that is not there and reads as `owner/name` is fetched from
@@ -25,11 +31,13 @@ def locate(path: str | os.PathLike[str]) -> Path:
     if local.is_file():
         if local.suffix == ".ckpt":
             return local
-        if local.name in (CONFIG_FILE, WEIGHTS_FILE):
+        if local.name in (CONFIG_FILE, *WEIGHTS_FILES):
             return locate(local.parent)
         raise CheckpointError(f"{local} is neither a folder nor a .ckpt file")
     if local.is_dir():
-        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (local / name).is_file()]
+        missing = [] if (local / CONFIG_FILE).is_file() else [CONFIG_FILE]
+        if not any((local / name).is_file() for name in WEIGHTS_FILES):
+            missing.append(" or ".join(WEIGHTS_FILES))
         if not missing:
             return local
         found = _run_checkpoint(local)
@@ -60,7 +68,10 @@ def _fetch(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        if any((folder / name).is_file() for name in WEIGHTS_FILES):
+            return folder
+        return Path(snapshot_download(repo, allow_patterns=[*_HUB_FILES, *_TORCH_FILES]))
     except Exception as error:  # the hub's errors have no common base: offline, no such repository, no access
         raise CheckpointError(
             f"{repo} is no local path, and fetching it from the Hugging Face Hub failed: {error}"

@@ -21,6 +21,8 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model, or write WAV files with one of waveforms",
+    "convert": "write a model in another format: this package's, transformers', state-spaces'",
+    "memory": "print what registered models take: weights, state and KV cache by length",
     "explain": "show which input positions drove a model's decision",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",

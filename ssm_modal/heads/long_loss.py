@@ -14,6 +14,7 @@ from ssm_modal.backbone.segmented import iterate_segments, sum_over_segments
 from ssm_modal.backbone.segments import Segment
 from ssm_modal.heads.chunked_loss import IGNORE, chunked_cross_entropy, default_chunk
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.layers.moe import Routing, collect_routing, routing_asked_for, total_routing
 
 
 class LanguageModel(Protocol):
@@ -60,6 +61,9 @@ def long_token_loss(
         chunk: positions whose logits exist at once; None: about 1 GiB of fp32 logits on CUDA, 64 MiB on a
             CPU.
 
+    Inside `collect_routing(model)`, a mixture of experts run by segments adds one `Routing`, of all layers
+    and the whole length.
+
     Returns (loss (), count ()). Raises as `sum_over_segments` and `chunked_cross_entropy`.
     """
     if ids.shape != labels.shape:
@@ -75,6 +79,11 @@ def long_token_loss(
     if segment is None:
         hidden, _ = model.hidden(ids, seqs=seqs) if seqs is not None else model.hidden(ids)
         return loss_of(hidden, labels), count
+    asked = routing_asked_for(model)
+    if asked is not None:
+        loss, routing = _loss_and_routing(model, ids, labels, parameters, segment, seqs, loss_of)
+        asked.append(routing)
+        return loss, count
     narrow = Surroundings(ids.device).narrow or any(p.dtype == torch.float16 for p in parameters)
     loss = sum_over_segments(
         lambda own, state: model.hidden(own.inputs[0], state, seqs=own.seqs),
@@ -86,6 +95,37 @@ def long_token_loss(
         ahead=not narrow,
     )
     return loss, count
+
+
+def _loss_and_routing(
+    model: Any,
+    ids: Tensor,
+    labels: Tensor,
+    parameters: list[nn.Parameter],
+    segment: int,
+    seqs: Sequences | None,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Routing]:
+    """The loss by segments, and what the routers of all layers did over the whole length.
+
+    The load-balancing loss is no sum over segments, but a function of sums: those are what the segments give,
+    so its gradients are exact too.
+    """
+    layers = 0
+
+    def body(own: Segment, state: Any) -> tuple[Any, Any]:
+        nonlocal layers
+        with collect_routing(model) as found:
+            hidden, state = model.hidden(own.inputs[0], state, seqs=own.seqs)
+        layers = len(found)
+        return (hidden, total_routing(found)), state
+
+    def head(out: tuple[Tensor, Routing], own: Segment) -> tuple[Tensor, ...]:
+        hidden, routing = out
+        return loss_of(hidden, own.inputs[1]), routing.counts, routing.probabilities
+
+    loss, counts, probabilities = sum_over_segments(body, head, (ids, labels), parameters, segment, seqs=seqs)
+    return loss, Routing(counts, probabilities, layers * ids.numel())
 
 
 @torch.no_grad()

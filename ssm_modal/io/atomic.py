@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -51,6 +52,31 @@ def put_in_place(aside: Path, target: Path) -> None:
     except BaseException:
         with suppress(OSError):
             aside.unlink()
+        raise
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `path` when the block ends and is removed where it raises.
+
+    `path` must be new or an empty folder, else FileExistsError. Every file is flushed to the disk first.
+    """
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        what = "holds files" if target.is_dir() else "is a file"
+        raise FileExistsError(f"{target} {what}, expected a new or an empty folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield aside
+        for file in (p for p in aside.rglob("*") if p.is_file()):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        aside.chmod(0o777 & ~_umask())
+        os.replace(aside, target)
+        sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
         raise
 
 

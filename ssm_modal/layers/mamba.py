@@ -22,6 +22,7 @@ from ssm_modal.kernels.scan import RowCarry, selective_scan, selective_scan_row,
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
 from ssm_modal.layers.mixer import ROW_CHUNK, Mixer, MixerConfig, check_input, check_state, outward
+from ssm_modal.layers.norm import RMSNorm
 from ssm_modal.layers.wide import WideParameters
 from ssm_modal.state import State
 
@@ -32,7 +33,8 @@ class MambaConfig(MixerConfig):
 
     dt_rank: "auto" is ceil(d_model / 16). dt_min, dt_max: softplus(dt_bias) starts log-uniform between them,
     never below dt_init_floor. bias: of in_proj and out_proj. bc_dt_norm_eps: None, or the eps of a weightless
-    RMS norm on dt, B and C (Falcon-Mamba, arXiv 2410.05355).
+    RMS norm on dt, B and C (Falcon-Mamba, arXiv 2410.05355). bc_dt_norm_weights: gives that norm weights
+    (Jamba, arXiv 2403.19887).
     """
 
     type: ClassVar[str] = "mamba"
@@ -46,6 +48,7 @@ class MambaConfig(MixerConfig):
     conv_bias: bool = True
     bias: bool = False
     bc_dt_norm_eps: float | None = None
+    bc_dt_norm_weights: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +57,10 @@ class MambaConfig(MixerConfig):
         check_positive(name, dt_init_floor=self.dt_init_floor, bc_dt_norm_eps=self.bc_dt_norm_eps)
         if self.d_state > 256:
             raise ConfigError(f"{name}: d_state is {self.d_state}, expected 1 to 256")
+        if self.bc_dt_norm_weights and self.bc_dt_norm_eps is None:
+            raise ConfigError(
+                f"{name}: bc_dt_norm_weights is true, expected bc_dt_norm_eps with it, got None"
+            )
         if self.dt_rank != "auto":
             check_positive(name, dt_rank=self.dt_rank)
         if self.dt_max < self.dt_min:
@@ -80,8 +87,8 @@ class Mamba(Mixer, WideParameters):
 
     Parameters: in_proj (d_model -> 2 d_inner), conv1d (depthwise, d_conv), x_proj (d_inner -> dt_rank + 2
     d_state), dt_proj (dt_rank -> d_inner), dt_bias, D (d_inner,), A_log (d_inner, d_state), out_proj (d_inner
-    -> d_model). dt_bias stands on its own, not as dt_proj's bias, because the scan adds it inside its
-    softplus in fp32.
+    -> d_model); with bc_dt_norm_weights also dt_norm, B_norm and C_norm. dt_bias stands on its own, not as
+    dt_proj's bias, because the scan adds it inside its softplus in fp32.
     """
 
     state_type = MambaState
@@ -103,6 +110,11 @@ class Mamba(Mixer, WideParameters):
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.d_inner))
+        eps = config.bc_dt_norm_eps
+        if eps is not None and config.bc_dt_norm_weights:
+            self.dt_norm = RMSNorm(self.dt_rank, eps)
+            self.B_norm = RMSNorm(self.d_state, eps)
+            self.C_norm = RMSNorm(self.d_state, eps)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
@@ -223,7 +235,9 @@ class Mamba(Mixer, WideParameters):
         """delta (before bias and softplus), B and C from the input: section 3.2, algorithm 2."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         eps = self.config.bc_dt_norm_eps
-        if eps is not None:
+        if self.config.bc_dt_norm_weights:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+        elif eps is not None:
             dt, B, C = rms_norm(dt, eps=eps), rms_norm(B, eps=eps), rms_norm(C, eps=eps)
         return self.dt_proj(dt), B, C
 

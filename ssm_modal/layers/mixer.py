@@ -19,7 +19,7 @@ from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import Config
 from ssm_modal.state import State
 
-ROW_CHUNK = 8192  # steps of a chunk of an attention row: its memory, where the sequence is longer
+ROW_CHUNK = 32768  # steps of a chunk of an attention row: its memory, where the sequence is longer
 
 
 @dataclass(frozen=True)

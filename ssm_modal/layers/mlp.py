@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_modal.layers.config import Config, check_positive
+from ssm_modal.layers.config import check_positive
+from ssm_modal.layers.feed_forward import FeedForward, FeedForwardConfig
 
 
 @dataclass(frozen=True)
-class MLPConfig(Config):
+class MLPConfig(FeedForwardConfig):
     """activation: "swiglu" (three matrices) or "gelu" (two). d_hidden: None takes 4 d_model for gelu and 8/3
     d_model, rounded up to a multiple of 16, for swiglu, so that both have about 8 d_model^2 parameters."""
 
@@ -29,10 +31,18 @@ class MLPConfig(Config):
         """The hidden width for inputs of width `d_model`."""
         if self.d_hidden is not None:
             return self.d_hidden
-        return 4 * d_model if self.activation == "gelu" else -(-(8 * d_model) // 48) * 16
+        return 4 * d_model if self.activation == "gelu" else swiglu_width(d_model)
+
+    def build(self, d_model: int) -> MLP:
+        return MLP(d_model, self)
 
 
-class MLP(nn.Module):
+def swiglu_width(d_model: int) -> int:
+    """The hidden width of SwiGLU with about 8 d_model^2 parameters: 8/3 d_model, up to a multiple of 16."""
+    return -(-(8 * d_model) // 48) * 16
+
+
+class MLP(FeedForward):
     """(..., d_model) to the same.
 
     "swiglu" is out_proj(silu(gate_proj(x)) * up_proj(x)), "gelu" is out_proj(gelu(up_proj(x))).
@@ -53,3 +63,6 @@ class MLP(nn.Module):
         if self.gate_proj is None:
             return self.out_proj(F.gelu(hidden))
         return self.out_proj(F.silu(self.gate_proj(x)) * hidden)
+
+    def residual_weights(self) -> Iterator[Tensor]:
+        yield self.out_proj.weight

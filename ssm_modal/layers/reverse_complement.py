@@ -87,7 +87,9 @@ class Strands(nn.Module):
     def complement(self, device: torch.device) -> Tensor:
         """(vocab_size,) int64: the id of each id's other strand."""
         if self._complement.device != device:
-            self._complement = self._complement.to(device)
+            # What is kept serves training too, though the first to ask for it may be an evaluation.
+            with torch.inference_mode(False):
+                self._complement = self._complement.to(device)
         return self._complement
 
     def both(self, ids: Tensor, seqs: Sequences | None = None) -> tuple[Tensor, Sequences | None]:

@@ -1,4 +1,4 @@
-"""The registered models: numbers only.
+"""The registered models that are none of the published ones: numbers only.
 
 `mamba_lm`, `s4d_lm` and `transformer_lm` are small models to be sized by overrides. They compare at the same
 d_model and about the same parameters: a Mamba layer and an S4D layer have about 6 d_model^2 weights, a
@@ -92,45 +92,6 @@ def sashimi_lm_s4d() -> CausalLMConfig:
 def wavenet_lm() -> CausalLMConfig:
     """The convolutional baseline for waveforms, of sashimi_lm's size at 7 / 10 of its d_model."""
     return _waveforms(WaveNetConfig(d_model=56, d_skip=64))
-
-
-def _published(d_model: int, n_layers: int) -> CausalLMConfig:
-    """The sizes of arXiv 2312.00752, table 12: the GPT-NeoX vocabulary padded to a multiple of 8, tied."""
-    return CausalLMConfig(
-        vocab_size=50280,
-        backbone=BackboneConfig(d_model=d_model, n_layers=n_layers, mixer=MambaConfig()),
-        pad_vocab_multiple=8,
-    )
-
-
-@register_model
-def mamba_130m() -> CausalLMConfig:
-    """mamba-130m."""
-    return _published(768, 24)
-
-
-@register_model
-def mamba_370m() -> CausalLMConfig:
-    """mamba-370m."""
-    return _published(1024, 48)
-
-
-@register_model
-def mamba_790m() -> CausalLMConfig:
-    """mamba-790m."""
-    return _published(1536, 48)
-
-
-@register_model
-def mamba_1_4b() -> CausalLMConfig:
-    """mamba-1.4b."""
-    return _published(2048, 48)
-
-
-@register_model
-def mamba_2_8b() -> CausalLMConfig:
-    """mamba-2.8b."""
-    return _published(2560, 64)
 
 
 @register_model

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssm_modal.backbone import BackboneBaseConfig
+from ssm_modal.backbone import BackboneBaseConfig, BackboneConfig
 from ssm_modal.errors import ConfigError
 from ssm_modal.heads.language import LanguageHead
 from ssm_modal.kernels.sequences import Sequences
@@ -42,6 +42,16 @@ class CausalLMConfig(ModelConfig):
 
     @property
     def backbone_config(self) -> BackboneBaseConfig:
+        return self.backbone
+
+    @property
+    def stack(self) -> BackboneConfig:
+        """The backbone where it is a plain stack of blocks, the one kind that published formats have.
+
+        Raises ConfigError for another one.
+        """
+        if not isinstance(self.backbone, BackboneConfig):
+            raise ConfigError(f"CausalLMConfig: the backbone is {self.backbone.type!r}, expected 'backbone'")
         return self.backbone
 
     def build(self) -> CausalLM:

@@ -27,6 +27,7 @@ from ssm_modal.layers import (
     MambaConfig,
     S4DConfig,
 )
+from ssm_modal.tokenizers import NucleotideTokenizer
 
 FP64 = torch.float64
 LENGTH, D_MODEL, BATCH = 7, 8, 2
@@ -353,3 +354,42 @@ def test_files(tmp_path: Path) -> None:
     assert image.table() == "row,column,relevance\n0,0,1\n0,1,2\n"
     with pytest.raises(ValueError, match="labels has 1 entries, expected 2"):
         found.table(0, ["a"])
+
+
+def strands_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    model = ssm_modal.create_model("caduceus_ps_classifier", d_model=8, n_layers=2, d_state=4).double()
+    # Larger embeddings than at the start, so that rows hang on the input.
+    nn.init.normal_(model.token_embedding.weight)  # type: ignore[union-attr, arg-type]
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["gradient_x_input", "hidden_attention"])
+def test_both_strands_are_told_at_the_same_bases(method: Any) -> None:
+    model = strands_classifier()
+    tokenizer = NucleotideTokenizer()
+    ids = torch.tensor([tokenizer.encode("ACCGTNATTGA"), tokenizer.encode("GGGATCCATAC")])
+    found = attribute(model, ids, method=method)
+    other = attribute(model, tokenizer.reverse_complement(ids), method=method)
+    assert found.relevance.shape == ids.shape
+    torch.testing.assert_close(other.logits, found.logits)
+    torch.testing.assert_close(other.relevance, found.relevance.flip(1))
+    if found.positions is not None and other.positions is not None:
+        assert other.positions.tolist() == [10 - at for at in found.positions.tolist()]
+
+
+def test_a_row_of_both_strands_is_the_sum_of_theirs() -> None:
+    model = strands_classifier()
+    tokenizer = NucleotideTokenizer()
+    ids = torch.tensor([tokenizer.encode("ACCGTNATTGA")])
+    found = attribute(model, ids, method="hidden_attention", position=3)
+    kept: list[Tensor] = []
+    layer = mixing_layers(model)[-1]
+    handle = layer.register_forward_hook(lambda module, args, out: kept.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    given, other = (
+        hidden_attention_row(layer, kept[0][i : i + 1], at).total for i, at in ((0, 3), (1, 10 - 3))
+    )
+    torch.testing.assert_close(found.relevance, given + other.flip(1))

@@ -181,7 +181,10 @@ def test_configs_go_to_json_and_back() -> None:
         (lambda d: d["backbone"]["mixer"][1].pop("type"), r"mixer.1: the key 'type' is missing"),
         (lambda d: d["backbone"].pop("d_model"), "backbone: the key 'd_model' is missing"),
         (lambda d: d["backbone"].update(d_model="8"), "backbone.d_model: got '8', expected an integer"),
-        (lambda d: d["backbone"].update(mlp=3), "backbone.mlp: got 3, expected MLPConfig or None"),
+        (
+            lambda d: d["backbone"].update(mlp=3),
+            "backbone.mlp: got 3, expected FeedForwardConfig or a list",
+        ),
         (lambda d: d.update(backbone=None), "backbone: expected a mapping"),
         (lambda d: d.update(type="mamba"), "unknown type 'mamba'"),
     ],
@@ -202,7 +205,7 @@ def test_overrides_short_dotted_and_nested() -> None:
     nested = model_config("mamba_lm", backbone={"n_layers": 3, "mixer": {"expand": 1}})
     assert nested.backbone == BackboneConfig(d_model=256, n_layers=3, mixer=MambaConfig(expand=1))  # type: ignore[attr-defined]
     other = model_config(
-        "mamba_lm", mixer={"type": "s4d", "init": "inv"}, d_state=9, mlp={"activation": "gelu"}
+        "mamba_lm", mixer={"type": "s4d", "init": "inv"}, d_state=9, mlp={"type": "mlp", "activation": "gelu"}
     )
     assert other.backbone.mixer == S4DConfig(init="inv", d_state=9)  # type: ignore[attr-defined]
     assert other.backbone.mlp == MLPConfig("gelu")  # type: ignore[attr-defined]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from ssm_modal.layers import collect_routing, load_balancing_loss
 from ssm_modal.tasks import LanguageModelling
 from tests.tasks.test_base import trainer
 from tests.tasks.tiny import OVERRIDES, TinyData
@@ -68,3 +71,43 @@ def test_predictions_are_nats_a_target() -> None:
         target = int(batch["labels"][row, column])
         assert float(out["nats"][row, column]) == pytest.approx(-float(logs[row, column, target]), rel=1e-5)
     assert bool((out["nats"][batch["labels"] == -100] == 0).all())
+
+
+EXPERTS = {
+    "vocab_size": 11,
+    "d_model": 8,
+    "n_layers": 2,
+    "n_heads": 2,
+    "d_state": 4,
+    "aux_loss_coef": 0.5,
+    "mlp.d_hidden": 16,
+}
+
+
+@pytest.mark.parametrize("segment", [None, 5])
+def test_the_experts_balance_is_trained_but_not_counted(tmp_path: Path, segment: int | None) -> None:
+    """One step's gradients: those of the mean loss plus aux_loss_coef times the balance."""
+    torch.manual_seed(0)
+    task, data = LanguageModelling("jamba_lm", EXPERTS, segment=segment), TinyData()
+    twin = LanguageModelling("jamba_lm", EXPERTS)
+    twin.load_state_dict(task.state_dict())
+    seen: dict[str, torch.Tensor] = {}
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, trainer: Any, task: Any, optimizer: Any) -> None:
+            seen.update({n: p.grad.clone() for n, p in task.named_parameters()})
+
+    fit = trainer(tmp_path, max_steps=1, callbacks=[Watch()], log_every_n_steps=1)
+    fit.fit(task, data)
+    logged = fit.logged_metrics
+    batch = data.train_batch(0, 0, 1)
+    twin.train()
+    with collect_routing(twin) as routing:
+        logits, _ = twin(batch["ids"])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    balance = load_balancing_loss(routing)
+    assert float(logged["train/loss"]) == pytest.approx(loss.item(), rel=1e-5)
+    assert float(logged["train/load_balancing_loss"]) == pytest.approx(balance.item(), rel=1e-5)
+    (loss + 0.5 * balance).backward()
+    for name, p in twin.named_parameters():
+        torch.testing.assert_close(seen[name], p.grad, rtol=2e-4, atol=2e-6)
