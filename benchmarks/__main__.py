@@ -32,6 +32,7 @@ MODULES = (
     "large",
     "accuracy",
     "lengths",
+    "vision",
     "cpu",
     "hidden_rows",
 )

@@ -64,6 +64,8 @@ class AudioDataModule(pl.LightningDataModule):
         left_out_speaker: of source "free_spoken_digits": who is tested on instead of the official split.
         sample_rate: frames a second the model takes. A file of another rate is an error, unless `resample`.
         resample: resample files of another rate.
+        keep_every: of what is read at `sample_rate` every so-manieth sample is kept, without a filter against
+            aliasing: batches then have `sample_rate / keep_every` samples a second. For layout "recordings".
         mono: average channels; otherwise a file with more than one is an error.
         layout: "recordings" for classification, "windows" for waveform modelling.
         input: "waveform" (float32) or "mu_law" (ids); layout "windows" needs ids.
@@ -73,7 +75,7 @@ class AudioDataModule(pl.LightningDataModule):
         window: ids predicted in one window at most; None: whole recordings. For layout "windows".
         condition: "label": each recording begins with the id of its class, so that the model can be asked for
             one; "none": with one id for all. For layout "windows".
-        augment: see `Augmentation`; training alone. Layout "windows" takes no shift.
+        augment: see `Augmentation`; training alone. Layout "windows" takes no shift and no speed.
         val_fraction, test_fraction: parts of the recordings of each label, for those whose split nothing else
             decides, see `assign_splits`.
         suffixes: endings of the files read below a folder.
@@ -102,6 +104,7 @@ class AudioDataModule(pl.LightningDataModule):
         left_out_speaker: str | None = None,
         sample_rate: int = 16000,
         resample: bool = False,
+        keep_every: int = 1,
         mono: bool = False,
         layout: Layout = "recordings",
         input: Input = "waveform",
@@ -131,7 +134,7 @@ class AudioDataModule(pl.LightningDataModule):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-        sizes = {"sample_rate": sample_rate, "batch_samples": batch_samples}
+        sizes = {"sample_rate": sample_rate, "batch_samples": batch_samples, "keep_every": keep_every}
         optional = {"eval_batch_samples": eval_batch_samples, "window": window}
         for name, number in {**sizes, **{k: v for k, v in optional.items() if v is not None}}.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -142,8 +145,14 @@ class AudioDataModule(pl.LightningDataModule):
             raise ValueError(
                 f'input is {input!r} with layout "windows", expected "mu_law": ids are predicted'
             )
-        if layout == "windows" and augment is not None and augment.shift_seconds > 0:
-            raise ValueError('augment shifts with layout "windows", expected shift_seconds 0')
+        if layout == "windows" and augment is not None and not augment.keeps_place:
+            raise ValueError(
+                'augment moves samples with layout "windows", expected shift_seconds 0 and no speed'
+            )
+        if layout == "windows" and keep_every != 1:
+            raise ValueError(f'keep_every is {keep_every} with layout "windows", expected 1')
+        if sample_rate % keep_every:
+            raise ValueError(f"keep_every is {keep_every}, expected a divisor of sample_rate, {sample_rate}")
         if layout == "recordings" and window is not None:
             raise ValueError(f'window is {window} with layout "recordings", expected None: they stay whole')
         if layout == "recordings" and condition != "none":
@@ -168,6 +177,7 @@ class AudioDataModule(pl.LightningDataModule):
         self.source: Source = source
         self.pattern, self.root, self.suffixes = pattern, root, tuple(suffixes)
         self.words, self.unknown, self.left_out_speaker = words, unknown, left_out_speaker
+        self.keep_every = keep_every
         self.reading = Reading(sample_rate, resample, mono, refuse_silent)
         self.layout: Layout = layout
         self.input: Input = input
@@ -186,7 +196,7 @@ class AudioDataModule(pl.LightningDataModule):
     @property
     def sample_rate(self) -> int:
         """Frames a second of what the batches hold."""
-        return self.reading.sample_rate
+        return self.reading.sample_rate // self.keep_every
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -230,20 +240,21 @@ class AudioDataModule(pl.LightningDataModule):
     def draw_example(self, panel: Any, split: str, number: int) -> None:
         """Draw recording `number` of "validation", "test" or "predict" into the matplotlib subfigure `panel`:
         its waveform and its spectrogram."""
-        draw_waveform(panel, self._example(split, number).read(), self.sample_rate)
+        draw_waveform(panel, self._example(split, number), self.sample_rate)
 
     def example_input(self, split: str, number: int) -> Tensor:
         """What the model reads of that recording, (1, length): its samples, or their ids."""
-        wave = self._example(split, number).read()
+        wave = self._example(split, number)
         return (wave if self.input == "waveform" else MuLawTokenizer().encode(wave)).unsqueeze(0)
 
     def draw_relevance(self, panel: Any, split: str, number: int, relevance: Tensor) -> None:
         """As `draw_example`, with the `relevance` of each sample (length,)."""
-        wave = self._example(split, number).read()
+        wave = self._example(split, number)
         draw_waveform_relevance(panel, wave, relevance, self.sample_rate)
 
-    def _example(self, split: str, number: int) -> Clip:
-        return (self._predicted() if split == "predict" else self.clips(split))[number]
+    def _example(self, split: str, number: int) -> Tensor:
+        clips = self._predicted() if split == "predict" else self.clips(split)
+        return clips[number].read()[:: self.keep_every]
 
     def _predicted(self) -> list[Clip]:
         splits = self._prepare()
@@ -289,13 +300,21 @@ class AudioDataModule(pl.LightningDataModule):
             )
         extra = 1 if self.layout == "windows" else 0  # the end is predicted too
         plan = BatchPlan(
-            torch.tensor([clip.frames + extra for clip in clips]),
+            torch.tensor([-(-clip.frames // self.keep_every) + extra for clip in clips]),
             self.batch_samples if train else self.eval_batch_samples,
             self.window,
             run_seed(self.seed),
         )
-        tokenizer = self.tokenizer
-        return AudioBatches(clips, plan, self._classes, self.layout, self.input, self.augment, tokenizer)
+        return AudioBatches(
+            clips,
+            plan,
+            self._classes,
+            self.layout,
+            self.input,
+            self.augment,
+            tokenizer=self.tokenizer,
+            keep_every=self.keep_every,
+        )
 
     def train_dataloader(self) -> ResumableLoader:
         return ResumableLoader.training(
@@ -327,12 +346,17 @@ class AudioDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint was trained on other classes, or another rate or input.
 
-        Outside training these recordings need not have every class: their numbers are the checkpoint's.
+        Outside training these recordings need not have every class: their numbers are the checkpoint's. Their
+        rate is another where the task has a `time_step_scale`, by that factor.
         """
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         if not fitting and set(self.classes) <= set(state_dict["classes"]):
             self._classes = tuple(state_dict["classes"])
-        for name, mine in self.state_dict().items():
+        scale = 1.0
+        if self.trainer is not None and not fitting:
+            scale = getattr(self.trainer.lightning_module, "time_step_scale", 1.0)
+        mine_of = {**self.state_dict(), "sample_rate": self.sample_rate * scale}
+        for name, mine in mine_of.items():
             if state_dict.get(name) != mine:
                 raise ValueError(
                     f"the checkpoint was trained with {name} {state_dict.get(name)}, got {mine}; "

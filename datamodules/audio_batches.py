@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -40,7 +41,8 @@ class AudioBatches:
         classes (n,) int64: the class of each window's recording, -100 where there is none
         starts (n,) int64: the place of each window's first id in its recording, 0 where it is begin_id
 
-    clips: the recordings. classes: names of the classes, in the order of their numbers. augment: applied in
+    clips: the recordings. keep_every: of what is read every so-manieth sample is kept, without a filter, from
+    the first on. classes: names of the classes, in the order of their numbers. augment: applied in
     training alone, drawn anew for each recording or window and epoch. tokenizer: makes the ids.
     """
 
@@ -50,6 +52,7 @@ class AudioBatches:
     layout: Layout = "recordings"
     input: Input = "waveform"
     augment: Augmentation | None = None
+    keep_every: int = 1
     tokenizer: MuLawTokenizer = field(default_factory=MuLawTokenizer)
     _evaluation: list[Parts] | None = field(default=None, repr=False)
 
@@ -76,20 +79,20 @@ class AudioBatches:
         rows = list(zip(parts.recording.tolist(), parts.first.tolist(), parts.last.tolist()))
         number = {name: i for i, name in enumerate(self.classes)}
         known = [number.get(self.clips[r].recording.label or "", IGNORE) for r, _, _ in rows]
-        common = {
-            "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), parts.sizes.cumsum(0)]),
-            "recordings": parts.recording.clone(),
-        }
+        numbers = parts.recording.clone()
         classes = torch.tensor(known, dtype=torch.int64)
         if self.layout == "recordings":
-            waves = torch.cat([self._wave(r, 0, self.clips[r].frames, epoch) for r, _, _ in rows])[None]
+            each = [self._wave(r, 0, self.clips[r].frames, epoch) for r, _, _ in rows]
+            waves = torch.cat(each)[None]
             made = {"ids": self.tokenizer.encode(waves)} if self.input == "mu_law" else {"waveform": waves}
-            return {**made, **common, "labels": classes}
+            return {**made, "cu_seqlens": _borders(each), "recordings": numbers, "labels": classes}
         streams = [self._stream(r, first, last, epoch) for r, first, last in rows]
+        inputs = [s[:-1] for s in streams]
         return {
-            "ids": torch.cat([s[:-1] for s in streams])[None],
+            "ids": torch.cat(inputs)[None],
             "labels": torch.cat([s[1:] for s in streams])[None],
-            **common,
+            "cu_seqlens": _borders(inputs),
+            "recordings": numbers,
             "classes": classes,
             "starts": parts.first.clone(),
         }
@@ -108,8 +111,13 @@ class AudioBatches:
 
     def _wave(self, row: int, first: int, last: int, epoch: int | None) -> Tensor:
         clip = self.clips[row]
-        wave = clip.read(first, last - first)
+        wave = clip.read(first, last - first)[:: self.keep_every]
         if self.augment is None or epoch is None:
             return wave
         generator = derived_generator(self.plan.seed, "audio", "augment", epoch, row, first)
-        return self.augment(wave, clip.reading.sample_rate, generator)
+        return self.augment(wave, clip.reading.sample_rate // self.keep_every, generator)
+
+
+def _borders(parts: Sequence[Tensor]) -> Tensor:
+    """Where each of `parts` begins when they lie end to end, and the end: (n + 1,) int64."""
+    return torch.tensor([0, *accumulate(part.shape[0] for part in parts)], dtype=torch.int64)

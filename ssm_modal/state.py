@@ -59,8 +59,8 @@ class State:
     @property
     def batch_size(self) -> int:
         """Number of rows (batch entries, or packed sequences)."""
-        tensors = self.tensors()
-        return tensors[0].shape[0] if tensors else 0
+        first = _first_tensor(self)
+        return first.shape[0] if first is not None else 0
 
     def clone(self) -> Self:
         """A copy that shares no memory with this state; gradients flow through."""
@@ -109,6 +109,19 @@ class State:
                 raise IndexError(f"rows holds {high if high >= n else low}, the state has {n} rows")
         index = torch.where(index < 0, index + n, index)
         return self._map(lambda owner, name, tensor: tensor.index_select(0, index.to(tensor.device)))
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The first of `State.tensors`, without a walk through all of them: every layer asks at every call."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, State):
+        inside: Any = (getattr(value, f.name) for f in dataclasses.fields(value))
+    elif isinstance(value, (tuple, list)):
+        inside = value
+    else:
+        return None
+    return next((found for one in inside if (found := _first_tensor(one)) is not None), None)
 
 
 def _split(state: State) -> tuple[list[str], list[tuple[str, Any]]]:

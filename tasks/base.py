@@ -36,6 +36,7 @@ DEFAULT_SCHEDULE = ScheduleConfig()
 Recompute = Literal["none", "blocks"]
 InitPart = Literal["all", "backbone", "encoder"]
 
+MODEL_INPUTS = ("ids", "waveform", "pixels", "images")
 _CHECKPOINT_KEY = "ssm_modal"
 
 
@@ -68,11 +69,14 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def model_input(batch: Mapping[str, Any]) -> Tensor:
-    """What the model reads of a batch: its `ids`, or its `waveform`; (batch, length)."""
-    for name in ("ids", "waveform"):
+    """What the model reads of a batch: its `ids` or `waveform` (batch, length), its `pixels` (batch, length,
+    channels) or its `images` (batch, channels, height, width)."""
+    for name in MODEL_INPUTS:
         if name in batch:
             return batch[name]
-    raise ValueError(f"the batch has the keys {', '.join(map(str, batch))}, expected ids or waveform")
+    raise ValueError(
+        f"the batch has the keys {', '.join(map(str, batch))}, expected one of {', '.join(MODEL_INPUTS)}"
+    )
 
 
 class TrainingTask(LightningModule):
@@ -91,8 +95,9 @@ class TrainingTask(LightningModule):
             the whole sequence, such as bidirectional ones; "none" leaves it to the model's own
             `gradient_checkpointing`. Gradients are the same.
 
-    A batch is a dict with `ids` (batch, length) int64 or `waveform` (batch, length) float32, `labels` (-100
-    where nothing is predicted) and optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once
+    A batch is a dict with `ids` (batch, length) int64, `waveform` (batch, length) float32, `pixels` (batch,
+    length, channels) float32 or `images` (batch, channels, height, width) float32, `labels` (-100 where
+    nothing is predicted) and optionally `cu_seqlens`, which becomes `seqs`, a `Sequences`, checked once
     a batch and on the host.
     """
 
@@ -146,7 +151,8 @@ class TrainingTask(LightningModule):
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The model's logits for a batch, packed or not."""
         x, seqs = model_input(batch), batch.get("seqs")
-        return (self.model(x, seqs=seqs) if seqs is not None else self.model(x))[0]
+        out = self.model(x, seqs=seqs) if seqs is not None else self.model(x)
+        return out if isinstance(out, Tensor) else out[0]  # models of images carry no state
 
     def model_config(self) -> dict[str, Any]:
         """The model's whole config as plain data."""

@@ -87,18 +87,33 @@ class Backbone(BackboneBase):
         branch = x
         residual: Tensor | None = None
         new: list[State | None] = []
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for i, block in enumerate(self.layers):
+        for i in range(len(self.layers)):
             own = None if state is None else state[i]
-            if again:
-                branch, residual, after = checkpoint(block, branch, residual, own, seqs, use_reentrant=False)
-            else:
-                branch, residual, after = block(branch, residual, own, seqs)
+            branch, residual, after = self.run_block(i, branch, residual, own, seqs)
             new.append(after)
         assert residual is not None  # there is at least one block
-        out, _ = self.norm.add(branch, residual, self.config.residual_in_fp32)
+        out = self.finish(branch, residual)
         states = tuple(s for s in new if s is not None)
         return out, BackboneState(states) if self.has_state else None
+
+    def run_block(
+        self,
+        i: int,
+        branch: Tensor,
+        residual: Tensor | None,
+        state: State | None = None,
+        seqs: Sequences | None = None,
+    ) -> tuple[Tensor, Tensor, State | None]:
+        """Block `i` of the stream branch + residual (see `Block`), with gradient checkpointing where that is
+        on."""
+        block = self.layers[i]
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, branch, residual, state, seqs, use_reentrant=False)
+        return block(branch, residual, state, seqs)
+
+    def finish(self, branch: Tensor, residual: Tensor) -> Tensor:
+        """The final norm of branch + residual."""
+        return self.norm.add(branch, residual, self.config.residual_in_fp32)[0]
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -32,7 +32,7 @@ class Block(nn.Module):
         mlp = config.mlp_of(layer)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps) if mlp is not None else None
         self.mlp = mlp.build(config.d_model) if mlp is not None else None
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
+        self.dropout: nn.Module | None = nn.Dropout(config.dropout) if config.dropout else None
 
     def residual_weights(self) -> Iterator[Tensor]:
         """The weights whose product is added to the stream."""

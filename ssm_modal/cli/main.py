@@ -21,9 +21,11 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model, or write WAV files with one of waveforms",
+    "stream": "classify a recording chunk by chunk, with the time that each takes",
     "convert": "write a model in another format: this package's, transformers', state-spaces'",
     "memory": "print what registered models take: weights, state and KV cache by length",
     "explain": "show which input positions drove a model's decision",
+    "features": "write what a trained classifier of images makes of them, a vector an image, to safetensors",
     "configs": "list and copy the configs that ship with the package",
     "doctor": "say what this installation can do, what is missing and how to mend it",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ssm_modal.generation.config import GenerationConfig
 from ssm_modal.generation.loop import CausalModel, GenerationResult, generate, prefill
 from ssm_modal.generation.stopping import StopMatcher
+from ssm_modal.generation.streaming import StreamingClassifier
 from ssm_modal.generation.waveforms import GeneratedWaveform, generate_waveforms
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationResult",
     "StopMatcher",
+    "StreamingClassifier",
     "generate",
     "generate_waveforms",
     "prefill",

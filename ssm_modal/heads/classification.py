@@ -72,12 +72,15 @@ class ClassificationHead(nn.Module):
         pieces = hidden[0].split(lengths)
         return torch.cat([reduce(p[None]) if len(p) else p.new_zeros(1, p.shape[-1]) for p in pieces])
 
+    def vectors(self, state: PoolingState) -> Tensor:
+        """(rows, d_model): what has been pooled so far."""
+        if self.pooling == "mean":
+            return state.total / state.count.clamp(min=1)[:, None]
+        return state.total
+
     def logits(self, state: PoolingState) -> Tensor:
         """(rows, n_classes) of what has been pooled so far."""
-        pooled = state.total
-        if self.pooling == "mean":
-            pooled = pooled / state.count.clamp(min=1)[:, None]
-        pooled = pooled.to(self.proj.weight.dtype)
+        pooled = self.vectors(state).to(self.proj.weight.dtype)
         return self.proj(pooled if self.dropout is None else self.dropout(pooled))
 
     def forward(self, hidden: Tensor, *, seqs: Sequences | None = None) -> Tensor:

@@ -1,4 +1,5 @@
-"""What turns a model's input into vectors of width d_model: token ids, or the samples of a waveform.
+"""What turns a model's input into vectors of width d_model: token ids, the samples of a waveform, or vectors
+of another width, such as pixels.
 
 An input layer is one call, `layer(x, state=None, *, seqs=None) -> (vectors, seqs, state)`, for whole
 sequences, packed ones and chunks of a stream: the `seqs` that comes back packs the vectors, of which a
@@ -63,6 +64,24 @@ class WaveformConfig(InputConfig):
 
 
 @dataclass(frozen=True)
+class VectorsConfig(InputConfig):
+    """Vectors of `channels` numbers, each on its own through a Linear: a pixel is one, with a channel a
+    colour. positions: None, or steps of which each has a learned vector, added to what stands there; the
+    longest sequence then, and the model must need whole sequences."""
+
+    type: ClassVar[str] = "vectors"
+    channels: int = 1
+    positions: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("VectorsConfig", channels=self.channels, positions=self.positions)
+
+    def build(self, d_model: int) -> VectorsInput:
+        return VectorsInput(d_model, self)
+
+
+@dataclass(frozen=True)
 class StridedWaveformConfig(InputConfig):
     """A causal convolution of `kernel` samples, kept at every `stride`-th of them, a GELU and a Linear.
 
@@ -102,14 +121,17 @@ class StridedState(State):
 
 
 class InputLayer(nn.Module):
-    """Base of the input layers. state_type: what it carries along a stream, None where that is nothing."""
+    """Base of the input layers. state_type: what it carries along a stream, None where that is nothing.
+    channels: the last axis of what it takes, None for (batch, length)."""
 
     state_type: type[State] | None = None
+    channels: int | None = None
 
     def forward(
         self, x: Tensor, state: StridedState | None = None, *, seqs: Sequences | None = None
     ) -> tuple[Tensor, Sequences | None, StridedState | None]:
-        """x: (batch, length), or (1, total) packed by `seqs`; state: what an earlier call returned.
+        """x: (batch, length[, channels]), or (1, total[, channels]) packed by `seqs`; state: what an earlier
+        call returned.
 
         Returns (vectors (batch, steps, d_model) or (1, steps, d_model), the Sequences that pack them, new
         state).
@@ -155,6 +177,36 @@ class WaveformInput(InputLayer):
         return self.proj(x.unsqueeze(-1)), seqs, None
 
 
+class VectorsInput(InputLayer):
+    """vectors (batch, length, channels) of a floating dtype to (batch, length, d_model)."""
+
+    def __init__(self, d_model: int, config: VectorsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.channels
+        self.proj = nn.Linear(config.channels, d_model)
+        self.positions = None if config.positions is None else nn.Embedding(config.positions, d_model)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
+
+    def forward(
+        self, x: Tensor, state: StridedState | None = None, *, seqs: Sequences | None = None
+    ) -> tuple[Tensor, Sequences | None, None]:
+        if not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__}: x has dtype {x.dtype}, expected a floating one")
+        vectors = self.proj(x.to(self.proj.weight.dtype))
+        if self.positions is None:
+            return vectors, seqs, None
+        lengths = [x.shape[1]] if seqs is None else seqs.lengths
+        if max(lengths, default=0) > self.positions.num_embeddings:
+            raise ValueError(
+                f"{type(self).__name__}: x has {max(lengths)} steps, expected at most "
+                f"{self.positions.num_embeddings}, the positions"
+            )
+        own = [self.positions.weight[:n] for n in lengths]
+        return vectors + torch.cat(own).to(vectors.dtype), seqs, None
+
+
 class StridedWaveformInput(InputLayer):
     """waveform (batch, length) of a floating dtype to (batch, ceil(length / stride), d_model).
 
@@ -175,9 +227,7 @@ class StridedWaveformInput(InputLayer):
     ) -> tuple[Tensor, Sequences | None, StridedState]:
         check_waveform(type(self).__name__, x)
         kernel, stride = self.config.kernel, self.config.stride
-        batch, length = x.shape
-        given = seqs if seqs is not None else Sequences.from_lengths([length] * batch or [0], x.device)
-        rows = given.n if seqs is not None else batch
+        rows = x.shape[0] if seqs is None else seqs.n
         if state is None:
             state = self.init_state(rows, device=x.device, dtype=x.dtype)
             waits = [0] * rows
@@ -192,24 +242,36 @@ class StridedWaveformInput(InputLayer):
                 f"{type(self).__name__}: the rows of the state stand at different places in their stride; "
                 "pack their chunks end to end with seqs"
             )
-        steps = [max(0, -(-(n - wait) // stride)) for n, wait in zip(given.lengths, waits)]
+        if seqs is None:
+            return self._unpacked(x, state, waits[0] if waits else 0)
+        steps = [max(0, -(-(n - wait) // stride)) for n, wait in zip(seqs.lengths, waits)]
         # Zeros or leftover samples of every row, then what was given: a window reads from both.
         source = torch.cat([state.past.to(x.dtype).flatten(), x.flatten()])
-        first = given.cu_seqlens[:rows] + rows * (kernel - 1)
+        first = seqs.cu_seqlens[:rows] + rows * (kernel - 1)
         last, row = _window_ends(steps, waits, stride, x.device)
         window = torch.arange(1 - kernel, 1, device=x.device)
         index = _places(last[:, None] + window, row[:, None], first, kernel)
         out = self._embed(source[index])
-        ends = torch.tensor(given.lengths[:rows], dtype=torch.int64).to(x.device)
+        ends = torch.tensor(seqs.lengths[:rows], dtype=torch.int64).to(x.device)
         every = torch.arange(rows, device=x.device)[:, None]
         past = source[_places(ends[:, None] + window[:-1], every, first, kernel)]
         new = StridedState(past, state.seen + ends)
-        if seqs is None:
-            return out.view(batch, steps[0] if steps else 0, out.shape[-1]), None, new
         return out.unsqueeze(0), Sequences.from_lengths(steps, x.device), new
 
+    def _unpacked(
+        self, x: Tensor, state: StridedState, wait: int
+    ) -> tuple[Tensor, Sequences | None, StridedState]:
+        """As `forward` for rows that all stand `wait` samples before their next vector's last one."""
+        kernel, stride = self.config.kernel, self.config.stride
+        source = torch.cat([state.past.to(x.dtype), x], 1)
+        if x.shape[1] > wait:
+            out = self._embed(source[:, wait:].unfold(1, kernel, stride))
+        else:
+            out = self.proj.weight.new_zeros(x.shape[0], 0, self.proj.out_features)
+        return out, None, StridedState(source[:, x.shape[1] :].clone(), state.seen + x.shape[1])
+
     def _embed(self, windows: Tensor) -> Tensor:
-        """(vectors, kernel) samples to (vectors, d_model)."""
+        """(..., kernel) samples to (..., d_model)."""
         windows = windows.to(self.conv.weight.dtype) * self.config.scale
         return self.proj(F.gelu(self.conv(windows)))
 

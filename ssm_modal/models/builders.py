@@ -13,6 +13,7 @@ from ssm_modal.backbone import BackboneConfig, SashimiConfig, WaveNetConfig
 from ssm_modal.layers import (
     AttentionConfig,
     BidirectionalConfig,
+    FilterbankConfig,
     IdsConfig,
     MambaConfig,
     MLPConfig,
@@ -26,6 +27,7 @@ from ssm_modal.models.classifier import SequenceClassifierConfig
 from ssm_modal.models.masked_lm import MaskedLMConfig
 from ssm_modal.models.registry import register_model
 from ssm_modal.models.sequence_cnn import SequenceCNNConfig
+from ssm_modal.models.waveform_cnn import WaveformCNNConfig
 from ssm_modal.tokenizers.dna import NucleotideTokenizer
 
 _NUCLEOTIDES = NucleotideTokenizer().vocab_size
@@ -127,6 +129,26 @@ def audio_classifier_s4d() -> SequenceClassifierConfig:
             d_model=64, n_layers=4, mixer=S4DConfig(), bidirectional=BidirectionalConfig()
         ),
     )
+
+
+@register_model
+def audio_classifier_filterbank() -> SequenceClassifierConfig:
+    """Ten classes of waveforms at 8 kHz: log energies of learned filters every 10 ms under Mamba in both
+    directions."""
+    return SequenceClassifierConfig(
+        n_classes=10,
+        input=FilterbankConfig(),
+        backbone=BackboneConfig(
+            d_model=64, n_layers=4, mixer=MambaConfig(), dropout=0.1, bidirectional=BidirectionalConfig()
+        ),
+        head_dropout=0.2,
+    )
+
+
+@register_model
+def waveform_cnn() -> WaveformCNNConfig:
+    """Ten classes of waveforms at 8 kHz: the plain convolutional baseline."""
+    return WaveformCNNConfig(n_classes=10)
 
 
 @register_model

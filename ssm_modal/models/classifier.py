@@ -1,4 +1,4 @@
-"""The sequence classifier: an input layer, the backbone and a pooled head, for ids or waveforms."""
+"""The sequence classifier: an input layer, the backbone and a pooled head, for ids, waveforms or vectors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ssm_modal.state import State
 
 @dataclass(frozen=True)
 class SequenceClassifierConfig(ModelConfig):
-    """n_classes classes. input: `IdsConfig`, `WaveformConfig` or `StridedWaveformConfig`.
+    """n_classes classes. input: `IdsConfig`, `WaveformConfig`, `StridedWaveformConfig` or
+    `VectorsConfig`.
 
     pooling: over the steps of each sequence: "mean", "max", or "last" for a causal model, whose last step
     alone has seen all others. head_dropout: on the pooled vector. The model is causal unless
@@ -61,6 +62,12 @@ class SequenceClassifierConfig(ModelConfig):
             )
         if self.strands is not None and not isinstance(self.input, IdsConfig):
             raise ConfigError(f"{name}: strands is set, but the input is {self.input.type!r}, not ids")
+
+        if getattr(self.input, "positions", None) is not None and self.causal:
+            raise ConfigError(
+                f"{name}: input.positions is set with a causal backbone, whose chunks do not know where they "
+                "stand, expected None or a bidirectional one"
+            )
 
     @property
     def causal(self) -> bool:
@@ -119,9 +126,9 @@ class SequenceClassifier(Model):
         *,
         seqs: Sequences | Tensor | None = None,
     ) -> tuple[Tensor, ClassifierState | None]:
-        """x: (batch, length), ids int64 or int32 or a waveform of a floating dtype, as `config.input` says;
-        or (1, total) packed by `seqs`, a `Sequences` or cu_seqlens (sequences + 1,). state: what an earlier
-        call returned, or None; it is left untouched.
+        """x: (batch, length), ids int64 or int32 or a waveform of a floating dtype, or (batch, length,
+        channels) vectors, as `config.input` says; or (1, total[, channels]) packed by `seqs`, a `Sequences`
+        or cu_seqlens (sequences + 1,). state: what an earlier call returned, or None; it is left untouched.
 
         Returns (logits (batch or sequences, n_classes) of everything seen so far, new state; None where a
         layer needs the whole sequence).
@@ -132,6 +139,23 @@ class SequenceClassifier(Model):
         seqs = self._check(x, state, seqs)
         if self.strands is not None and not (self.training and self.config.strand_use == "evaluation"):
             return self._of_both_strands(self.strands, x, seqs), None
+        pooled, new = self._pool(x, state, seqs)
+        return self.head.logits(pooled), new
+
+    def features(self, x: Tensor, *, seqs: Sequences | Tensor | None = None) -> Tensor:
+        """What the head sees of each sequence, (batch or sequences, d_model); arguments as `forward`'s.
+
+        Raises ValueError for a model of both strands, whose head sees two vectors a sequence.
+        """
+        if self.strands is not None:
+            raise ValueError(
+                "SequenceClassifier: features of a model with strands are not one vector a sequence"
+            )
+        return self.head.vectors(self._pool(x, None, self._check(x, None, seqs))[0])
+
+    def _pool(
+        self, x: Tensor, state: ClassifierState | None, seqs: Sequences | None
+    ) -> tuple[PoolingState, ClassifierState | None]:
         vectors, steps, front = self.input(x, None if state is None else state.front, seqs=seqs)
         before = None if state is None else state.backbone
         if vectors.shape[1] == 0 and self.backbone.has_state:
@@ -142,10 +166,9 @@ class SequenceClassifier(Model):
         else:
             hidden, after = self.backbone(vectors, before, seqs=steps)
         pooled = self.head.pool(hidden, None if state is None else state.pooled, seqs=steps)
-        logits = self.head.logits(pooled)
         if after is None or not self.has_state:
-            return logits, None
-        return logits, ClassifierState(front, after, pooled)
+            return pooled, None
+        return pooled, ClassifierState(front, after, pooled)
 
     def _of_both_strands(self, strands: Strands, x: Tensor, seqs: Sequences | None) -> Tensor:
         rows, packed = strands.both(x, seqs)
@@ -178,8 +201,11 @@ class SequenceClassifier(Model):
         name = "SequenceClassifier"
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
-        if x.ndim != 2:
-            raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (batch, length)")
+        channels = self.input.channels
+        fits = x.ndim == 2 if channels is None else x.ndim == 3 and x.shape[2] == channels
+        if not fits:
+            expected = "(batch, length)" if channels is None else f"(batch, length, {channels})"
+            raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected {expected}")
         if seqs is not None:
             if x.shape[0] != 1:
                 raise ValueError(f"{name}: x has batch {x.shape[0]}, expected 1 with seqs")

@@ -54,6 +54,8 @@ class SequenceCNN(Model):
     def __init__(self, config: SequenceCNNConfig) -> None:
         super().__init__()
         self.config = config
+        # One-hot vectors as an embedding that is not trained: what attributes a decision to bases reads it.
+        self.one_hot = nn.Embedding.from_pretrained(torch.eye(config.vocab_size), freeze=True)
         widths = [config.vocab_size, *[config.d_model] * config.n_layers]
         self.convs = nn.ModuleList(
             nn.Conv1d(before, after, config.kernel, padding=config.kernel // 2)
@@ -88,8 +90,7 @@ class SequenceCNN(Model):
             ids = nn.utils.rnn.pad_sequence(list(x[0].split(lengths)), batch_first=True)
             sizes = torch.tensor(lengths, device=x.device)
             known = torch.arange(longest, device=x.device) < sizes[:, None]
-        vectors = nn.functional.one_hot(ids.to(torch.int64), self.config.vocab_size)
-        hidden = self._masked(vectors.to(self.head.weight.dtype).transpose(1, 2), known)
+        hidden = self._masked(self.one_hot(ids).transpose(1, 2), known)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             hidden = self.dropout(self._normed(norm, conv(hidden), known).relu())
             hidden = self._masked(hidden, known)  # zeros beyond the ends, as for a sequence alone

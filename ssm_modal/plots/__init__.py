@@ -3,6 +3,7 @@
 from ssm_modal.plots.confusion import confusion_plot
 from ssm_modal.plots.examples import Example, examples_plot
 from ssm_modal.plots.figure import new_figure, png
+from ssm_modal.plots.image import draw_image
 from ssm_modal.plots.relevance import (
     draw_image_relevance,
     draw_tokens,
@@ -15,6 +16,7 @@ from ssm_modal.plots.waveform import draw_waveform
 __all__ = [
     "Example",
     "confusion_plot",
+    "draw_image",
     "draw_image_relevance",
     "draw_tokens",
     "draw_track",

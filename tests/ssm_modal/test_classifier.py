@@ -29,6 +29,7 @@ INPUTS: dict[str, Any] = {
     "strided": {"type": "strided_waveform", "kernel": 7, "stride": 4, "scale": 2.0},
     "one sample": {"type": "strided_waveform", "kernel": 1, "stride": 1},
 }
+VECTORS = {"type": "vectors", "channels": 2, "positions": 13}
 
 
 def small(input: str = "strided", direction: str = "causal", **more: Any) -> SequenceClassifier:
@@ -318,3 +319,23 @@ def test_a_config_is_causal_by_its_layers() -> None:
         assert not config.causal
     assert base.with_overrides({"mixer": [MambaConfig(), {"type": "attention"}]}).causal
     assert WaveformConfig().scale == 1.0
+
+
+def test_vectors_with_positions_packed_are_what_they_are_one_by_one() -> None:
+    config = small("strided", "both").config.with_overrides({"input": VECTORS})
+    torch.manual_seed(0)
+    model = SequenceClassifier(config).double()
+    x = torch.randn(1, sum(LENGTHS), 2, dtype=FP64)
+    packed, _ = model(x, seqs=Sequences.from_lengths(LENGTHS))
+    pieces = x.split(LENGTHS, dim=1)
+    alone = torch.cat([model(piece)[0] for piece in pieces if piece.shape[1]])
+    assert_close(packed[[i for i, n in enumerate(LENGTHS) if n]], alone, OUTPUT[FP64])
+    by_hand = model.input.proj(pieces[2]) + model.input.positions.weight[:9]
+    assert_close(model.input(pieces[2])[0], by_hand, OUTPUT[FP64])
+    assert_close(
+        model.features(pieces[2]) @ model.head.proj.weight.T + model.head.proj.bias, alone[2:3], OUTPUT[FP64]
+    )
+    with pytest.raises(ValueError, match="VectorsInput: x has 14 steps, expected at most 13, the positions"):
+        model(torch.zeros(1, 14, 2, dtype=FP64))
+    with pytest.raises(ConfigError, match=r"input\.positions is set with a causal backbone"):
+        small("strided").config.with_overrides({"input": VECTORS})

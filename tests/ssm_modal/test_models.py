@@ -20,6 +20,8 @@ from ssm_modal.models import (
     ModelConfig,
     SequenceClassifierConfig,
     SequenceCNNConfig,
+    VisionMambaConfig,
+    WaveformCNNConfig,
     model_config,
     register_model,
 )
@@ -307,9 +309,22 @@ def test_every_registered_model_builds_and_runs_small(name: str) -> None:
         assert logits.shape == (1, 3)
         assert state is None
         return
+    if isinstance(config, WaveformCNNConfig):
+        logits, state = ssm_modal.create_model(name, n_classes=3)(torch.randn(2, 800))
+        assert logits.shape == (2, 3)
+        assert state is None
+        return
+    if isinstance(config, VisionMambaConfig):
+        pytest.importorskip("timm")
+        vision = ssm_modal.create_model(name, n_classes=3, d_model=32, n_layers=2, img_size=32)
+        logits = vision(torch.randn(1, config.in_chans, 32, 32))
+        assert logits.shape == (1, 3)
+        assert torch.isfinite(logits).all()
+        return
     if isinstance(config, SequenceClassifierConfig):
         classifier = ssm_modal.create_model(name, n_classes=3, d_model=32, n_layers=2)
-        x = torch.tensor([[1, 2, 3]]) if config.input.type == "ids" else torch.randn(1, 40)
+        shape = (1, 40, config.input.channels) if config.input.type == "vectors" else (1, 40)
+        x = torch.tensor([[1, 2, 3]]) if config.input.type == "ids" else torch.randn(shape)
         logits, state = classifier(x)
         assert logits.shape == (1, 3)
         assert torch.isfinite(logits).all()

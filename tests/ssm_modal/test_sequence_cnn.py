@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ssm_modal
+from ssm_modal.attribution import attribute
 from ssm_modal.errors import ConfigError, StateError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.models import SequenceCNN
@@ -60,6 +61,21 @@ def test_statistics_of_training_are_over_the_steps_there_are() -> None:
     steps = torch.cat([model.convs[0](part) for part in vectors.split((9, 3), dim=2)], dim=2)
     expected = 0.9 * before + 0.1 * steps.mean((0, 2))
     assert_close(model.norms[0].running_mean, expected, 1e-10)  # type: ignore[arg-type]
+
+
+def test_a_decision_is_attributed_to_bases() -> None:
+    model = small().eval()
+    assert not model.one_hot.weight.requires_grad
+    ids = torch.randint(0, 4, (2, 12))
+    found = attribute(model, ids, target=1)
+    # Of one-hot vectors: the gradient by the entry of the base that is there.
+    vectors = nn.functional.one_hot(ids, 9).to(FP64).requires_grad_()
+    hidden = vectors.transpose(1, 2)
+    for i, (conv, norm) in enumerate(zip(model.convs, model.norms)):
+        hidden = norm(conv(hidden)).relu()
+        hidden = nn.functional.max_pool1d(hidden, 2, ceil_mode=True) if i < 2 else hidden
+    (grad,) = torch.autograd.grad(model.head(hidden.amax(-1))[:, 1].sum(), vectors)
+    assert_close(found.relevance, (grad * vectors).sum(-1), 1e-10)
 
 
 def test_errors() -> None:
