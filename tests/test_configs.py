@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import random
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,16 @@ def genomes(init: dict[str, Any], root: Path) -> None:
         (folder / f"{name}.fa").write_text(f">{name}\n{letters}\n")
 
 
+def species(init: dict[str, Any], root: Path) -> None:
+    """A small record for each species."""
+    folder = root / init["path"].removeprefix("$SSM_MODAL_DATA/")
+    folder.mkdir(parents=True)
+    for name in init["classes"].values():
+        letters = "".join(random.Random(name).choices("ACGT", k=400))
+        with gzip.open(folder / name, "wt") as file:
+            file.write(f">{name}\n{letters}\n")
+
+
 def labelled_sequences(init: dict[str, Any], root: Path) -> None:
     """The three CSV files of a task of GUE."""
     folder = root / init["path"].removeprefix("$SSM_MODAL_DATA/")
@@ -133,6 +144,11 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         genomes(content["data"]["init_args"], tmp_path)
         options |= {"data.length": 32, "data.length_schedule": "{16: 0, 32: 1}", "data.eval_length": 32}
         options |= {"data.num_workers": 0, "data.cache_dir": tmp_path / "cache"}
+    if content["data"]["class_path"].endswith("SpeciesDataModule"):
+        del options["data.batch_size"]
+        options |= {"data.batch_tokens": 64, "data.num_workers": 0, "data.cache_dir": tmp_path / "cache"}
+        options |= {f"data.{one}": "[16, 32]" for one in ("lengths", "test_lengths", "val_lengths")}
+        species(content["data"]["init_args"], tmp_path)
     if content["data"]["class_path"].endswith("DNAClassificationDataModule"):
         del options["data.batch_size"]
         options["data.batch_tokens"] = 100

@@ -27,6 +27,7 @@ ORDER = (
     ("attribution",),
     ("checkpoints",),
     ("generation",),
+    ("genomics",),
     ("cli",),
 )
 # Written for an extra: nothing imports them unless a user or a config asks for what they hold.

@@ -17,7 +17,7 @@ from ssm_modal.checkpoints.family import Family, Fields, Part
 from ssm_modal.checkpoints.fit import check_shapes
 from ssm_modal.checkpoints.formats import family_of_document
 from ssm_modal.checkpoints.locate import locate
-from ssm_modal.checkpoints.room import DTYPES, check_dtype, check_room, stored_dtype
+from ssm_modal.checkpoints.room import DTYPES, check_device, check_room, stored_dtype
 from ssm_modal.checkpoints.weights import TensorWeights, Weights, open_weights, read_torch_file
 from ssm_modal.errors import CheckpointError, ConfigError
 from ssm_modal.layers.wide import WideParameters
@@ -70,12 +70,12 @@ def load_pretrained(
         CheckpointError: nothing found there; a file missing, cut short or of an unknown format or
             architecture; weights that do not fit the architecture (every missing, unexpected and mis-shaped
             one is listed); too little memory on the device, with what would fit. Nothing is loaded then.
-        ValueError: an unknown `part`, or a dtype that the device cannot compute in.
+        ValueError: an unknown `part`, a device that is not there, or a dtype that it cannot compute in.
     """
     if part not in (None, "backbone"):
         raise ValueError(f"load_pretrained: part is {part!r}, expected None or 'backbone'")
     place = torch.device(device) if device is not None else torch.device("cpu")
-    check_dtype(dtype, place)
+    check_device(place, dtype)
     found = locate(path)
     source = _of_run(found) if found.is_file() else _of_folder(found)
     try:

@@ -25,7 +25,7 @@ from ssm_modal.tokenizers import (
     tokenizer_from_config,
 )
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Options that one kind of model takes alone.
 _OF_TEXT = ("prompt", "prompt_file", "max_new_tokens", "stop", "ignore_eos", "no_stream")
 _OF_WAVEFORMS = ("out", "label", "number", "max_seconds", "batch_size")
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same seed gives the same again; default: a new one each time",
     )
     add("--device", default="auto", help='"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one')
-    add("--dtype", choices=sorted(_DTYPES), help="dtype of the weights; default: as they were saved")
+    add("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: as they were saved")
     add("--no-stream", action="store_true", help="print each text when it is complete, not as it comes")
     generate_audio.add_arguments(parser)
 
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         if not text:
             raise ValueError("--prompt is empty, expected a text of at least one character to continue")
     device = find_device(args.device)
-    dtype = None if args.dtype is None else _DTYPES[args.dtype]
+    dtype = None if args.dtype is None else DTYPES[args.dtype]
     place = str(expand_path(args.model, "--model"))
     model = load_pretrained(place, device=device, dtype=dtype)
     if not isinstance(model, CausalLM):

@@ -21,6 +21,10 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model, or write WAV files with one of waveforms",
+    "score": "score variants of a genome (VCF or table) by a language model of DNA",
+    "mutate": "the effect of every substitution in a region: table, track and picture",
+    "embed": "embeddings of sequences of any length, by record, window or position",
+    "tracks": "per-base likelihood or coverage along a region: bedGraph and picture",
     "stream": "classify a recording chunk by chunk, with the time that each takes",
     "convert": "write a model in another format: this package's, transformers', state-spaces'",
     "memory": "print what registered models take: weights, state and KV cache by length",

@@ -223,6 +223,12 @@ def dna_classifier() -> SequenceClassifierConfig:
 
 
 @register_model
+def dna_classifier_s4d() -> SequenceClassifierConfig:
+    """The time-invariant baseline, of dna_classifier's size at the same d_model and n_layers."""
+    return _dna_classifier().with_overrides({"backbone.mixer": S4DConfig()})
+
+
+@register_model
 def dna_cnn() -> SequenceCNNConfig:
     """Two classes of DNA by three convolutions: the baseline."""
     return SequenceCNNConfig(n_classes=2, vocab_size=_NUCLEOTIDES)
