@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ssm_modal.datamodules.dna import build_dna_tokenizer
-from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
+from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, global_rows, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.datamodules.species_plan import SpeciesPlan, SpeciesSplit, plan_species
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import Genome, open_genome
+from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.nucleotides import GenomeError, reverse_complement
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path

@@ -60,7 +60,7 @@ class FilterbankConfig(InputConfig):
             )
 
     @property
-    def positions(self) -> int:
+    def pool_positions(self) -> int:
         """How often each filter is heard in a window."""
         return (self.window - self.kernel) // self.pool_stride + 1
 
@@ -72,8 +72,8 @@ class FilterbankInput(StridedWaveformInput):
     """waveform (batch, length) of a floating dtype to (batch, ceil(length / stride), d_model).
 
     Parameters: conv (kernel -> 2 n_filters: the real parts, then the imaginary ones), pool (n_filters,
-    positions: the logarithm of the smoothing, up to its sum), gain and offset (n_filters,), proj (n_filters
-    -> d_model). Carries a `StridedState`.
+    pool_positions: the logarithm of the smoothing, up to its sum), gain and offset (n_filters,), proj
+    (n_filters -> d_model). Carries a `StridedState`.
     """
 
     def __init__(self, d_model: int, config: FilterbankConfig) -> None:
@@ -81,7 +81,7 @@ class FilterbankInput(StridedWaveformInput):
         self.filterbank = config
         self.conv = nn.Linear(config.kernel, 2 * config.n_filters, bias=False)
         self.proj = nn.Linear(config.n_filters, d_model)
-        hann = torch.hann_window(config.positions + 2, periodic=False)[1:-1]
+        hann = torch.hann_window(config.pool_positions + 2, periodic=False)[1:-1]
         self.pool = nn.Parameter(hann.log().expand(config.n_filters, -1).clone())
         # Log energies of speech lie some log units around the middle between the floor and a loud sound.
         self.gain = nn.Parameter(torch.full((config.n_filters,), 0.25))

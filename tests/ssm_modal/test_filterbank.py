@@ -37,7 +37,7 @@ def test_the_first_filters_hear_tones_where_the_mel_scale_says() -> None:
 def test_the_layer_is_its_formula_and_does_not_see_how_sequences_are_packed() -> None:
     torch.manual_seed(0)
     config = FilterbankConfig(n_filters=6, kernel=20, window=32, stride=8, pool_stride=4)
-    assert config.positions == 4
+    assert config.pool_positions == 4
     layer = config.build(5).double()
     waves = [0.3 * torch.randn(1, n, dtype=torch.float64) for n in (50, 8, 1, 33)]
     alone = []

@@ -561,6 +561,16 @@ def test_convert_there_and_back(mamba: Path, tmp_path: Path, capsys: pytest.Capt
     assert "is there already, expected a new or an empty folder" in capsys.readouterr().err
 
 
+def test_special_ids_of_a_config_outlive_the_package_s_own_format(mamba: Path, tmp_path: Path) -> None:
+    (mamba / "generation_config.json").unlink(missing_ok=True)
+    edit_json(mamba / "config.json", eos_token_id=3, pad_token_id=1)
+    ours = ssm_modal.load_pretrained(mamba)
+    ssm_modal.save_pretrained(ours, tmp_path / "own", source=mamba)
+    ssm_modal.save_pretrained(ours, tmp_path / "back", format="transformers", source=tmp_path / "own")
+    document = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert [document[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None, 3, 1]
+
+
 def test_a_model_of_a_run_goes_to_transformers_with_its_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

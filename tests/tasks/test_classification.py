@@ -441,5 +441,5 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     assert len(unlabelled.predicted_files()) == 2
     with pytest.raises(ValueError, match=r"no recording of .* has a label, expected labels to train by"):
         unlabelled.batches("train")
-    with pytest.raises(ValueError, match="the batch has the keys labels, expected ids or waveform"):
+    with pytest.raises(ValueError, match="the batch has the keys labels, expected one of ids, waveform"):
         Classification("audio_classifier", TINY).logits({"labels": torch.zeros(1)})
