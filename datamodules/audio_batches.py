@@ -33,7 +33,8 @@ class AudioBatches:
         recordings (n,) int64: the place of each in `clips`
 
     Layout "windows", a recording of s samples being s + 2 ids with begin_id before and end_id behind them, so
-    that s + 1 ids are predicted, the first sample and the end among them; a window has up to `plan.window`:
+    that s + 1 ids are predicted, the first sample and the end among them; a window has up to `plan.window`.
+    With a `tokenizer` that has classes the begin id is that of the recording's class:
 
         ids, labels (1, total) int64: labels[0, t] is the id after ids[0, t]
         cu_seqlens (n + 1,), recordings (n,) int64: as above
@@ -42,7 +43,7 @@ class AudioBatches:
 
     clips: the recordings. keep_every: of what is read every so-manieth sample is kept, without a filter, from
     the first on. classes: names of the classes, in the order of their numbers. augment: applied in
-    training alone, drawn anew for each recording or window and epoch.
+    training alone, drawn anew for each recording or window and epoch. tokenizer: makes the ids.
     """
 
     clips: Sequence[Clip]
@@ -52,6 +53,7 @@ class AudioBatches:
     input: Input = "waveform"
     augment: Augmentation | None = None
     keep_every: int = 1
+    tokenizer: MuLawTokenizer = field(default_factory=MuLawTokenizer)
     _evaluation: list[Parts] | None = field(default=None, repr=False)
 
     @property
@@ -82,7 +84,7 @@ class AudioBatches:
         if self.layout == "recordings":
             each = [self._wave(r, 0, self.clips[r].frames, epoch) for r, _, _ in rows]
             waves = torch.cat(each)[None]
-            made = {"ids": MuLawTokenizer().encode(waves)} if self.input == "mu_law" else {"waveform": waves}
+            made = {"ids": self.tokenizer.encode(waves)} if self.input == "mu_law" else {"waveform": waves}
             return {**made, "cu_seqlens": _borders(each), "recordings": numbers, "labels": classes}
         streams = [self._stream(r, first, last, epoch) for r, first, last in rows]
         inputs = [s[:-1] for s in streams]
@@ -96,10 +98,11 @@ class AudioBatches:
         }
 
     def _stream(self, row: int, first: int, last: int, epoch: int | None) -> Tensor:
-        """Ids [first, last] of recording `row`: begin_id is its id 0, sample t id t + 1, end_id the last."""
-        tokenizer, frames = MuLawTokenizer(), self.clips[row].frames
+        """Ids [first, last] of recording `row`: its begin id is id 0, sample t id t + 1, end_id the last."""
+        tokenizer, frames = self.tokenizer, self.clips[row].frames
+        label = self.clips[row].recording.label if tokenizer.classes else None
         begin, end = max(first - 1, 0), min(last, frames)
-        pieces = [torch.tensor([tokenizer.begin_id])] if first == 0 else []
+        pieces = [torch.tensor([tokenizer.begin_id_of(label)])] if first == 0 else []
         if end > begin:
             pieces.append(tokenizer.encode(self._wave(row, begin, end, epoch)))
         if last == frames + 1:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssm_modal
-from ssm_modal.backbone import Backbone
+from ssm_modal.backbone import BackboneBase
 from ssm_modal.checkpoints.fit import check_fit
 from ssm_modal.cli.logged_steps import logs_this_step
 from ssm_modal.errors import CheckpointError
@@ -148,11 +148,11 @@ class TrainingTask(LightningModule):
         """The model's whole config as plain data."""
         return self.model.config.to_dict()  # type: ignore[union-attr, operator]
 
-    def _backbone(self, option: str) -> Backbone:
+    def _backbone(self, option: str) -> BackboneBase:
         """The model's backbone; `option` is the argument that needs one."""
         backbone = getattr(self.model, "backbone", None)
-        if not isinstance(backbone, Backbone):
-            raise ValueError(f"{option} needs a model with a Backbone, {type(self.model).__name__} has none")
+        if not isinstance(backbone, BackboneBase):
+            raise ValueError(f"{option} needs a model with a backbone, {type(self.model).__name__} has none")
         return backbone
 
     def check_segment(self, option: str, segment: int | None) -> None:

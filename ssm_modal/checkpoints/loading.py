@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ssm_modal.backbone import Backbone
+from ssm_modal.backbone import BackboneBase
 from ssm_modal.checkpoints.family import Family, Fields, Part
 from ssm_modal.checkpoints.fit import check_shapes
 from ssm_modal.checkpoints.formats import family_of_document
@@ -42,14 +42,14 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Backbone: ...
+) -> BackboneBase: ...
 def load_pretrained(
     path: str | os.PathLike[str],
     part: str | None = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Model | Backbone:
+) -> Model | BackboneBase:
     """The model (in eval mode) that was saved, published or trained at `path`, with its weights.
 
     Weights go from the mapped file to the device a tensor at a time: the peak is the model itself on the
@@ -60,7 +60,7 @@ def load_pretrained(
             falcon_mamba or jamba (config.json, one file or shards of safetensors); a folder of state-spaces'
             Mamba (config.json with ssm_cfg, pytorch_model.bin); the id of a Hugging Face repository with one
             of these; the folder of a training run (its best checkpoint, else its last); a .ckpt of one.
-        part: None for the whole model, "backbone" for its `Backbone` alone.
+        part: None for the whole model, "backbone" for its backbone alone.
         device: where the weights go; None for the CPU.
         dtype: torch.float32, bfloat16, float16 or float64, which the weights are cast to. None keeps what
             was saved; of a published model, the one its config.json names, else that of its embedding.
@@ -81,8 +81,8 @@ def load_pretrained(
     try:
         # On meta nothing is allocated, and the caller's random numbers are left as they are.
         with torch.device("meta"):
-            model: Model | Backbone
-            model = source.config.build() if part is None else Backbone(source.config.backbone_config)
+            model: Model | BackboneBase
+            model = source.config.build() if part is None else source.config.backbone_config.build()
     except ConfigError as error:
         raise CheckpointError(f"{found}: the config is not one of this version's: {error}") from error
     _fill(model, source, str(found), place, dtype)
@@ -102,7 +102,7 @@ class _Source:
 
 
 def _fill(
-    model: Model | Backbone, source: _Source, where: str, device: torch.device, dtype: torch.dtype | None
+    model: Model | BackboneBase, source: _Source, where: str, device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """Give the parameters and buffers of `model`, on meta, their values."""
     expected, weights = model.state_dict(), source.weights
@@ -128,15 +128,15 @@ def _fill(
             tensors[part.name][part.region].copy_(tensor)
         elif source.family is not None and key == source.family.head:
             head = tensor
-    if head is not None and not isinstance(model, Backbone):
+    if head is not None and not isinstance(model, BackboneBase):
         _check_tied(head, tensors["embedding.weight"], where)
     model.load_state_dict(tensors, strict=True, assign=True)
 
 
-def _places(model: Model | Backbone, source: _Source) -> tuple[dict[str, Part], set[str]]:
+def _places(model: Model | BackboneBase, source: _Source) -> tuple[dict[str, Part], set[str]]:
     """Where each key of the files goes in `model`, and the keys it rightly has no use for."""
     keys, family = source.weights.shapes.keys(), source.family
-    prefix = _BACKBONE if isinstance(model, Backbone) else ""
+    prefix = _BACKBONE if isinstance(model, BackboneBase) else ""
     if family is None:
         parts = {prefix + name: Part(prefix + name, name) for name in model.state_dict()}
         return parts, {key for key in keys if not key.startswith(prefix)}
@@ -161,7 +161,7 @@ def _check_tied(head: Tensor, embedding: Tensor, where: str) -> None:
         )
 
 
-def _wide_names(model: Model | Backbone) -> set[str]:
+def _wide_names(model: Model | BackboneBase) -> set[str]:
     """The names of the parameters that stay fp32 in a half-precision model."""
     return {
         f"{prefix}.{name}"

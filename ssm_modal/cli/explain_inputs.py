@@ -20,7 +20,7 @@ from ssm_modal.io.genome import open_genome
 from ssm_modal.io.nucleotides import text_of
 from ssm_modal.io.regions import parse_region
 from ssm_modal.io.text import read_text
-from ssm_modal.models import Model, SequenceClassifier, VisionMambaConfig
+from ssm_modal.models import CausalLM, Model, SequenceClassifier, VisionMambaConfig
 from ssm_modal.plots import draw_image_relevance, draw_tokens, draw_waveform_relevance, token_lines
 from ssm_modal.tokenizers import ByteTokenizer, DNATokenizer, MuLawTokenizer, TextTokenizer
 
@@ -81,7 +81,8 @@ def read_input(
     Raises ValueError for an option that the kind of input has no use for or that is missing, and what the
     readers raise for bad files.
     """
-    classes = tuple(data.get("classes", ()))
+    # Classes that a language model's recordings have are not what it predicts.
+    classes = () if isinstance(model, CausalLM) else tuple(data.get("classes", ()))
     if isinstance(model.config, VisionMambaConfig) or data.get("layout") == "pixels":
         _refuse("images", text=text, region=region, tokenizer=tokenizer, sample_rate=sample_rate)
         assert file is not None  # the command asks for either
@@ -99,6 +100,10 @@ def read_input(
     if isinstance(known, DNATokenizer):
         _refuse("DNA", sample_rate=sample_rate)
         return _dna(known, file, text, region, classes)
+    if isinstance(known, MuLawTokenizer):
+        _refuse("audio", region=region, text=text)
+        assert file is not None  # the command asks for either
+        return _audio(file, sample_rate or known.sample_rate, True, classes)
     _refuse("text", sample_rate=sample_rate, region=region)
     shown = text if file is None else read_text(file)
     assert shown is not None

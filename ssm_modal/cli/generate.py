@@ -1,4 +1,4 @@
-"""`ssm-modal generate`: continue texts with a trained model, printed as they come."""
+"""`ssm-modal generate`: continue texts with a trained model, printed as they come, or write WAV files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ import torch
 
 from ssm_modal.checkpoints import load_pretrained
 from ssm_modal.checkpoints.locate import locate
+from ssm_modal.cli import generate_audio
 from ssm_modal.errors import CheckpointError
 from ssm_modal.generation import GenerationConfig, generate
 from ssm_modal.io.text import expand_path, read_text
 from ssm_modal.models import CausalLM
-from ssm_modal.tokenizers import TextTokenizer, build_tokenizer, load_tokenizer, tokenizer_from_config
+from ssm_modal.tokenizers import (
+    MuLawTokenizer,
+    TextTokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    tokenizer_from_config,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Options that one kind of model takes alone.
+_OF_TEXT = ("prompt", "prompt_file", "max_new_tokens", "stop", "ignore_eos", "no_stream")
+_OF_WAVEFORMS = ("out", "label", "number", "max_seconds", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='"byte", "byte+eos" or a tokenizer.json; default: the one kept with the model',
     )
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add at most (%(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help="tokens to add to a text at most (256)")
     add(
         "--temperature",
         type=float,
@@ -92,17 +102,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         metavar="N",
-        help="the same seed gives the same text; default: a new one each time",
+        help="the same seed gives the same again; default: a new one each time",
     )
     add("--device", default="auto", help='"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one')
     add("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: as they were saved")
     add("--no-stream", action="store_true", help="print each text when it is complete, not as it comes")
+    generate_audio.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the options say; returns 0, or raises the error that says what is wrong with them."""
     config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=256 if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -113,8 +124,6 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     texts = [*args.prompt, *(read_text(expand_path(file, "--prompt-file")) for file in args.prompt_file)]
-    if not texts:
-        raise ValueError("no prompt is given; give one or more with --prompt TEXT or --prompt-file FILE")
     for text in texts:
         if not text:
             raise ValueError("--prompt is empty, expected a text of at least one character to continue")
@@ -125,11 +134,22 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(model, CausalLM):
         raise ValueError(f"--model is a {type(model).__name__}, expected a causal language model (CausalLM)")
     tokenizer = find_tokenizer(place, args.tokenizer)
+    waveforms = isinstance(tokenizer, MuLawTokenizer)
+    given = [
+        f"--{n.replace('_', '-')}" for n in (_OF_TEXT if waveforms else _OF_WAVEFORMS) if _given(args, n)
+    ]
+    if given:
+        kinds = ("texts", "waveforms") if waveforms else ("waveforms", "texts")
+        raise ValueError(f"{', '.join(given)}: for models of {kinds[0]}, but --model is one of {kinds[1]}")
+    if not waveforms and not texts:
+        raise ValueError("no prompt is given; give one or more with --prompt TEXT or --prompt-file FILE")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, but the model knows {model.config.vocab_size}; "
             "give the tokenizer that it was trained with by --tokenizer"
         )
+    if isinstance(tokenizer, MuLawTokenizer):
+        return generate_audio.run(args, model, tokenizer, config)
     printer = _Printer(texts, sys.stdout, stream=not args.no_stream)
     prompts = [tokenizer.encode(text) for text in texts]
     printer.start()
@@ -138,7 +158,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer:
+def _given(args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) not in (None, False, [])
+
+
+def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer | MuLawTokenizer:
     """The tokenizer that `spec` means, or with None the one kept with the model at `model`.
 
     That is the `tokenizer.json` in the model's folder or repository, beside a .ckpt file or in its run's
@@ -149,7 +173,8 @@ def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer:
             raise ValueError(
                 '--tokenizer is "char", which is made from a text; give the tokenizer.json of the run'
             )
-        return build_tokenizer(spec)
+        named = expand_path(spec, "--tokenizer")
+        return load_tokenizer(named) if named.exists() else build_tokenizer(spec)
     place = Path(model)
     if not place.exists():
         place = locate(model)  # a repository's files, which are in the local cache by now
@@ -167,7 +192,7 @@ def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer:
     )
 
 
-def _stored_tokenizer(place: Path) -> TextTokenizer | None:
+def _stored_tokenizer(place: Path) -> TextTokenizer | MuLawTokenizer | None:
     """The tokenizer in the checkpoint at `place`, a .ckpt file or a run's folder; None without one."""
     try:
         file = locate(place)

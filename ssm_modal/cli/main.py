@@ -20,7 +20,7 @@ TRAINING = {
     "predict": "run a checkpoint over the data and keep what it says",
 }
 BESIDE = {
-    "generate": "continue a text with a trained model",
+    "generate": "continue a text with a trained model, or write WAV files with one of waveforms",
     "score": "score variants of a genome (VCF or table) by a language model of DNA",
     "mutate": "the effect of every substitution in a region: table, track and picture",
     "embed": "embeddings of sequences of any length, by record, window or position",

@@ -6,13 +6,16 @@ from ssm_modal.generation.config import GenerationConfig
 from ssm_modal.generation.loop import CausalModel, GenerationResult, generate, prefill
 from ssm_modal.generation.stopping import StopMatcher
 from ssm_modal.generation.streaming import StreamingClassifier
+from ssm_modal.generation.waveforms import GeneratedWaveform, generate_waveforms
 
 __all__ = [
     "CausalModel",
+    "GeneratedWaveform",
     "GenerationConfig",
     "GenerationResult",
     "StopMatcher",
     "StreamingClassifier",
     "generate",
+    "generate_waveforms",
     "prefill",
 ]

@@ -20,6 +20,9 @@ from ssm_modal.tokenizers.base import TextTokenizer
 
 Finish = Literal["length", "eos", "stop"]
 
+# Random numbers of a row that are drawn and moved to the device at once.
+_DRAWS = 64
+
 
 class CausalModel(Protocol):
     """What generation asks of a model, a `torch.nn.Module`, such as `ssm_modal.models.CausalLM`."""
@@ -145,6 +148,9 @@ class _Run:
         if not config.greedy:
             seed = config.seed if config.seed is not None else int(torch.randint(1 << 62, ()))
             self.generators = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
+        self.draws: Iterator[Tensor] = iter(())
+        hidden = [token for token in config.suppress_tokens if token < self.limit]
+        self.suppressed = torch.tensor(hidden, dtype=torch.int64, device=self.device) if hidden else None
         self.live = list(range(len(rows)))
         self.seen: Tensor | None = None
         if config.repetition_penalty != 1:
@@ -164,6 +170,7 @@ class _Run:
                 keep = torch.tensor(going, device=self.device)
                 state, chosen = state.select(keep), chosen[keep]
                 self.seen = None if self.seen is None else self.seen[keep]
+                self.draws = iter([draw[keep] for draw in self.draws])
                 self.live = [self.live[at] for at in going]
             if self.seen is not None:
                 self.seen.scatter_(1, chosen[:, None], True)
@@ -179,9 +186,17 @@ class _Run:
         """(live rows,) int64: the next tokens."""
         uniform = None
         if self.generators:
-            draws = [torch.rand((), dtype=torch.float64, generator=self.generators[row]) for row in self.live]
-            uniform = torch.stack(draws).to(self.device)
-        return choose(logits[:, : self.limit], self.config, uniform, self.seen)
+            uniform = next(self.draws, None)
+            if uniform is None:
+                rows = [
+                    torch.rand(_DRAWS, dtype=torch.float64, generator=self.generators[r]) for r in self.live
+                ]
+                self.draws = iter(torch.stack(rows, dim=1).to(self.device).unbind())
+                uniform = next(self.draws)
+        logits = logits[:, : self.limit]
+        if self.suppressed is not None:
+            logits = logits.index_fill(-1, self.suppressed, -torch.inf)
+        return choose(logits, self.config, uniform, self.seen)
 
     def _take(self, chosen: list[int], state: State) -> list[int]:
         """Note the chosen tokens; returns the places in `live` of the rows that go on."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_modal.backbone import Sashimi, WaveNet
 from ssm_modal.genomics.log_probs import is_causal
 from ssm_modal.models.base import Model
 
@@ -53,7 +54,10 @@ class HiddenStates:
     """
 
     def __init__(self, model: Model, layer: int | None = None, *, mean_of_strands: bool = False) -> None:
-        n = model.backbone.config.n_layers
+        backbone: Any = model.backbone
+        if isinstance(backbone, (Sashimi, WaveNet)):
+            raise TypeError(f"model has a {type(backbone).__name__}, expected a stack of blocks (Backbone)")
+        n = backbone.config.n_layers
         if layer is not None and not 0 <= layer <= n:
             raise ValueError(f"layer is {layer}, expected 0 (the embedding) to {n}, or none for the output")
         self.model: Any = model

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ssm_modal.backbone import BackboneConfig
+from ssm_modal.backbone import BackboneConfig, SashimiConfig, WaveNetConfig
 from ssm_modal.layers import (
     AttentionConfig,
     BidirectionalConfig,
@@ -67,6 +67,33 @@ def hybrid_lm() -> CausalLMConfig:
             mixer=(*(MambaConfig(),) * 4, AttentionConfig(n_heads=4, rope_theta=None), *(MambaConfig(),) * 3),
         ),
     )
+
+
+def _waveforms(backbone: SashimiConfig | WaveNetConfig) -> CausalLMConfig:
+    """Over mu-law ids, begin and end and the begin ids of ten classes; the embedding as large as what the
+    stages add to it."""
+    return CausalLMConfig(vocab_size=268, backbone=backbone, tie_embeddings=False, embedding_std=1.0)
+
+
+@register_model
+def sashimi_lm() -> CausalLMConfig:
+    """Waveforms: S4D at every sample, Mamba at every 4th and 16th."""
+    return _waveforms(SashimiConfig(d_model=80, n_layers=(4, 2), stage_expand=1.0))
+
+
+@register_model
+def sashimi_lm_s4d() -> CausalLMConfig:
+    """sashimi_lm with S4D in every stage, of its size."""
+    inner = S4DConfig(expand=2, d_state=16)
+    return _waveforms(
+        SashimiConfig(d_model=80, n_layers=(4, 2), stage_expand=1.0, mixer=(S4DConfig(expand=1), inner))
+    )
+
+
+@register_model
+def wavenet_lm() -> CausalLMConfig:
+    """The convolutional baseline for waveforms, of sashimi_lm's size at 7 / 10 of its d_model."""
+    return _waveforms(WaveNetConfig(d_model=56, d_skip=64))
 
 
 @register_model
@@ -198,8 +225,7 @@ def dna_classifier() -> SequenceClassifierConfig:
 @register_model
 def dna_classifier_s4d() -> SequenceClassifierConfig:
     """The time-invariant baseline, of dna_classifier's size at the same d_model and n_layers."""
-    plain = _dna_classifier()
-    return replace(plain, backbone=replace(plain.backbone, mixer=S4DConfig()))
+    return _dna_classifier().with_overrides({"backbone.mixer": S4DConfig()})
 
 
 @register_model

@@ -38,6 +38,7 @@ class VisionMamba(Model, WideParameters):
 
     undecayed_parameters = ("cls_token", "pos_embed")
     config: VisionMambaConfig
+    backbone: Backbone
     _traits: dict[str, Any]  # what timm notes down of a model that it created
 
     def __init__(self, config: VisionMambaConfig) -> None:
