@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ssm_modal.datamodules.audio_batches import AudioBatches, Input, Layout
 from ssm_modal.datamodules.audio_plan import BatchPlan
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
+from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.audio import AUDIO_SUFFIXES
 from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.manifests import read_manifest
@@ -62,6 +64,8 @@ class AudioDataModule(pl.LightningDataModule):
         left_out_speaker: of source "free_spoken_digits": who is tested on instead of the official split.
         sample_rate: frames a second the model takes. A file of another rate is an error, unless `resample`.
         resample: resample files of another rate.
+        keep_every: of what is read at `sample_rate` every so-manieth sample is kept, without a filter against
+            aliasing: batches then have `sample_rate / keep_every` samples a second. For layout "recordings".
         mono: average channels; otherwise a file with more than one is an error.
         layout: "recordings" for classification, "windows" for waveform modelling.
         input: "waveform" (float32) or "mu_law" (ids); layout "windows" needs ids.
@@ -69,7 +73,9 @@ class AudioDataModule(pl.LightningDataModule):
             longer is a batch of its own.
         eval_batch_samples: the same for validation and test; None: `batch_samples`.
         window: ids predicted in one window at most; None: whole recordings. For layout "windows".
-        augment: see `Augmentation`; training alone. Layout "windows" takes no shift.
+        condition: "label": each recording begins with the id of its class, so that the model can be asked for
+            one; "none": with one id for all. For layout "windows".
+        augment: see `Augmentation`; training alone. Layout "windows" takes no shift and no speed.
         val_fraction, test_fraction: parts of the recordings of each label, for those whose split nothing else
             decides, see `assign_splits`.
         suffixes: endings of the files read below a folder.
@@ -98,12 +104,14 @@ class AudioDataModule(pl.LightningDataModule):
         left_out_speaker: str | None = None,
         sample_rate: int = 16000,
         resample: bool = False,
+        keep_every: int = 1,
         mono: bool = False,
         layout: Layout = "recordings",
         input: Input = "waveform",
         batch_samples: int = 1 << 18,
         eval_batch_samples: int | None = None,
         window: int | None = None,
+        condition: Literal["none", "label"] = "none",
         augment: Augmentation | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
@@ -121,11 +129,12 @@ class AudioDataModule(pl.LightningDataModule):
             ("source", source, _SOURCES),
             ("layout", layout, ("recordings", "windows")),
             ("input", input, ("waveform", "mu_law")),
+            ("condition", condition, ("none", "label")),
             ("predict", predict, ("test", "all")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-        sizes = {"sample_rate": sample_rate, "batch_samples": batch_samples}
+        sizes = {"sample_rate": sample_rate, "batch_samples": batch_samples, "keep_every": keep_every}
         optional = {"eval_batch_samples": eval_batch_samples, "window": window}
         for name, number in {**sizes, **{k: v for k, v in optional.items() if v is not None}}.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -136,10 +145,20 @@ class AudioDataModule(pl.LightningDataModule):
             raise ValueError(
                 f'input is {input!r} with layout "windows", expected "mu_law": ids are predicted'
             )
-        if layout == "windows" and augment is not None and augment.shift_seconds > 0:
-            raise ValueError('augment shifts with layout "windows", expected shift_seconds 0')
+        if layout == "windows" and augment is not None and not augment.keeps_place:
+            raise ValueError(
+                'augment moves samples with layout "windows", expected shift_seconds 0 and no speed'
+            )
+        if layout == "windows" and keep_every != 1:
+            raise ValueError(f'keep_every is {keep_every} with layout "windows", expected 1')
+        if sample_rate % keep_every:
+            raise ValueError(f"keep_every is {keep_every}, expected a divisor of sample_rate, {sample_rate}")
         if layout == "recordings" and window is not None:
             raise ValueError(f'window is {window} with layout "recordings", expected None: they stay whole')
+        if layout == "recordings" and condition != "none":
+            raise ValueError(f'condition is {condition!r} with layout "recordings", expected "none"')
+        if condition == "label" and source == "unlabelled":
+            raise ValueError('condition is "label" with source "unlabelled", expected a source with labels')
         if layout == "recordings" and source == "unlabelled" and predict != "all":
             raise ValueError(
                 'source is "unlabelled" with layout "recordings", expected one with labels, or predict "all"'
@@ -158,12 +177,14 @@ class AudioDataModule(pl.LightningDataModule):
         self.source: Source = source
         self.pattern, self.root, self.suffixes = pattern, root, tuple(suffixes)
         self.words, self.unknown, self.left_out_speaker = words, unknown, left_out_speaker
+        self.keep_every = keep_every
         self.reading = Reading(sample_rate, resample, mono, refuse_silent)
         self.layout: Layout = layout
         self.input: Input = input
         self.batch_samples = batch_samples
         self.eval_batch_samples = eval_batch_samples or batch_samples
         self.window, self.augment = window, augment
+        self.condition = condition
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.check_samples, self.skip_bad = check_samples, skip_bad
         self.predict = predict
@@ -175,7 +196,7 @@ class AudioDataModule(pl.LightningDataModule):
     @property
     def sample_rate(self) -> int:
         """Frames a second of what the batches hold."""
-        return self.reading.sample_rate
+        return self.reading.sample_rate // self.keep_every
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -191,10 +212,20 @@ class AudioDataModule(pl.LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below it: 256 levels, begin and end. For input "mu_law"."""
+        """Ids are below it: 256 levels, begin and end, the classes' begin ids. For input "mu_law"."""
         if self.input != "mu_law":
             raise ValueError('input is "waveform", which has no vocabulary, expected "mu_law"')
-        return MuLawTokenizer.vocab_size
+        return self.tokenizer.vocab_size
+
+    @property
+    def tokenizer(self) -> MuLawTokenizer:
+        """What makes the ids; with condition "label" it knows the classes."""
+        return MuLawTokenizer(self.classes if self.condition == "label" else (), self.sample_rate)
+
+    @property
+    def sample_levels(self) -> int | None:
+        """Where ids are predicted: the ids below it stand for samples. None in layout "recordings"."""
+        return MuLawTokenizer.levels if self.layout == "windows" else None
 
     def clips(self, split: str) -> list[Clip]:
         """The recordings of `split` ("train", "validation" or "test"), in order."""
@@ -209,27 +240,29 @@ class AudioDataModule(pl.LightningDataModule):
     def draw_example(self, panel: Any, split: str, number: int) -> None:
         """Draw recording `number` of "validation", "test" or "predict" into the matplotlib subfigure `panel`:
         its waveform and its spectrogram."""
-        draw_waveform(panel, self._example(split, number).read(), self.sample_rate)
+        draw_waveform(panel, self._example(split, number), self.sample_rate)
 
     def example_input(self, split: str, number: int) -> Tensor:
         """What the model reads of that recording, (1, length): its samples, or their ids."""
-        wave = self._example(split, number).read()
+        wave = self._example(split, number)
         return (wave if self.input == "waveform" else MuLawTokenizer().encode(wave)).unsqueeze(0)
 
     def draw_relevance(self, panel: Any, split: str, number: int, relevance: Tensor) -> None:
         """As `draw_example`, with the `relevance` of each sample (length,)."""
-        wave = self._example(split, number).read()
+        wave = self._example(split, number)
         draw_waveform_relevance(panel, wave, relevance, self.sample_rate)
 
-    def _example(self, split: str, number: int) -> Clip:
-        return (self._predicted() if split == "predict" else self.clips(split))[number]
+    def _example(self, split: str, number: int) -> Tensor:
+        clips = self._predicted() if split == "predict" else self.clips(split)
+        return clips[number].read()[:: self.keep_every]
 
     def _predicted(self) -> list[Clip]:
         splits = self._prepare()
         return splits["test"] if self.predict == "test" else [c for name in SPLITS for c in splits[name]]
 
     def setup(self, stage: str | None = None) -> None:
-        """Find and check the recordings; at the start of `fit`, write down what was left out."""
+        """Find and check the recordings; at the start of `fit`, write down the tokenizer of layout "windows",
+        where `ssm-modal generate` finds it, and what was left out."""
         clips = self._prepare()
         trainer = self.trainer
         if stage in ("fit", "test") and not clips["test"]:
@@ -237,10 +270,14 @@ class AudioDataModule(pl.LightningDataModule):
                 f"the test split of {self.path!r} holds no recording, so nothing is tested: give it one or "
                 "more, or a larger test_fraction"
             )
-        if stage != "fit" or trainer is None or not self.skip_bad:
+        if stage != "fit" or trainer is None:
             return
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            write_left_out(Path(trainer.default_root_dir) / "left_out.csv", self._left_out)
+            folder = Path(trainer.default_root_dir)
+            if self.layout == "windows":
+                save_run_tokenizer(self.tokenizer, folder)
+            if self.skip_bad:
+                write_left_out(folder / "left_out.csv", self._left_out)
 
     def batches(self, split: str) -> AudioBatches:
         """The batches of `split` as pure functions of their index; ValueError where it has no recording."""
@@ -263,12 +300,21 @@ class AudioDataModule(pl.LightningDataModule):
             )
         extra = 1 if self.layout == "windows" else 0  # the end is predicted too
         plan = BatchPlan(
-            torch.tensor([clip.frames + extra for clip in clips]),
+            torch.tensor([-(-clip.frames // self.keep_every) + extra for clip in clips]),
             self.batch_samples if train else self.eval_batch_samples,
             self.window,
             run_seed(self.seed),
         )
-        return AudioBatches(clips, plan, self._classes, self.layout, self.input, self.augment)
+        return AudioBatches(
+            clips,
+            plan,
+            self._classes,
+            self.layout,
+            self.input,
+            self.augment,
+            tokenizer=self.tokenizer,
+            keep_every=self.keep_every,
+        )
 
     def train_dataloader(self) -> ResumableLoader:
         return ResumableLoader.training(
@@ -290,21 +336,30 @@ class AudioDataModule(pl.LightningDataModule):
         return self._loader(self._batches(self._predicted(), "test"))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint's user must know: the classes, the sample rate and the kind of input."""
-        return {"classes": list(self.classes), "sample_rate": self.sample_rate, "input": self.input}
+        """What a checkpoint's user must know: the classes, the sample rate and the kind of input; in layout
+        "windows" also the tokenizer, so that a checkpoint alone can be generated from."""
+        state = {"classes": list(self.classes), "sample_rate": self.sample_rate, "input": self.input}
+        if self.layout == "windows":
+            state["tokenizer"] = json.dumps(self.tokenizer.to_config(), ensure_ascii=False)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint was trained on other classes, or another rate or input.
 
-        Outside training these recordings need not have every class: their numbers are the checkpoint's.
+        Outside training these recordings need not have every class: their numbers are the checkpoint's. Their
+        rate is another where the task has a `time_step_scale`, by that factor.
         """
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         if not fitting and set(self.classes) <= set(state_dict["classes"]):
             self._classes = tuple(state_dict["classes"])
-        for name, mine in self.state_dict().items():
-            if state_dict[name] != mine:
+        scale = 1.0
+        if self.trainer is not None and not fitting:
+            scale = getattr(self.trainer.lightning_module, "time_step_scale", 1.0)
+        mine_of = {**self.state_dict(), "sample_rate": self.sample_rate * scale}
+        for name, mine in mine_of.items():
+            if state_dict.get(name) != mine:
                 raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, got {mine}; "
+                    f"the checkpoint was trained with {name} {state_dict.get(name)}, got {mine}; "
                     "resume with the same data, or start a new run"
                 )
 
@@ -341,6 +396,9 @@ class AudioDataModule(pl.LightningDataModule):
         )
         self._left_out = [*found.left_out, *bad]
         warn_left_out(self._left_out, "recordings")
+        unlabelled = [c.recording.path for c in clips if c.recording.label is None]
+        if self.condition == "label" and unlabelled:
+            raise ValueError(f'condition is "label", but {unlabelled[0]} has no label, expected one')
         self._classes = tuple(sorted({c.recording.label for c in clips if c.recording.label is not None}))
         self._clips = {name: [c for c in clips if c.recording.split == name] for name in SPLITS}
         return self._clips

@@ -1,21 +1,32 @@
-"""Augmentation of training waveforms: time shift, gain and noise, each draw from the generator given."""
+"""Augmentation of training waveforms: each draw comes from the generator given."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# Speeds are multiples of 1 / _SPEED_STEPS: the resampler is slow for ratios of large numbers.
+_SPEED_STEPS = 50
+_BANDS = 2  # that `equalize_db` raises or lowers
+
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training recording, in this order; every default does nothing.
+    """What is done to a training recording, in the order below; every default does nothing.
 
+    speed: resampled to play so many times as fast, uniformly between the two factors, in steps of 0.02. Pitch
+        and formants move with it, as with another length of the vocal tract, and so does the duration: the
+        recording has n / speed samples.
     shift_seconds: moved by up to so much to either side, uniformly; the length stays, what is moved out is
         lost and the other end is filled with 0.
+    equalize_db: two bands, at frequencies drawn log-uniformly up to 0.9 of half the rate and of a Q from 0.5
+        to 2, louder or softer by up to so many decibels, uniformly: another microphone or room.
     gain_db: louder or softer by up to so many decibels, uniformly.
     noise_snr_db: white Gaussian noise at a signal-to-noise ratio drawn uniformly between the two decibels.
+    mask_seconds: a stretch of up to so much, uniformly in length and place, set to 0.
 
     The result is clipped to full scale, -1 to 1. Raises ValueError for a value that is not allowed.
     """
@@ -23,11 +34,21 @@ class Augmentation:
     shift_seconds: float = 0.0
     gain_db: float = 0.0
     noise_snr_db: tuple[float, float] | None = None
+    speed: tuple[float, float] | None = None
+    equalize_db: float = 0.0
+    mask_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in (("shift_seconds", self.shift_seconds), ("gain_db", self.gain_db)):
+        for name in ("shift_seconds", "equalize_db", "gain_db", "mask_seconds"):
+            value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value}, expected 0 or more")
+        if self.speed is not None:
+            low, high = self.speed
+            if not 0.1 <= low <= high <= 10.0:
+                raise ValueError(
+                    f"speed is {self.speed}, expected the lower, then the higher factor, 0.1 to 10"
+                )
         if self.noise_snr_db is not None:
             low, high = self.noise_snr_db
             if not -float("inf") < low <= high < float("inf"):
@@ -35,15 +56,24 @@ class Augmentation:
                     f"noise_snr_db is {self.noise_snr_db}, expected the lower, then the higher ratio"
                 )
 
+    @property
+    def keeps_place(self) -> bool:
+        """Whether a sample stays where it was."""
+        return self.speed is None and self.shift_seconds == 0
+
     def __call__(self, wave: Tensor, sample_rate: int, generator: torch.Generator) -> Tensor:
         """The augmented `wave`, (n,) float32 at `sample_rate`; a new tensor, the given one is left alone."""
-        from torchaudio.functional import add_noise, gain
+        from torchaudio.functional import add_noise, equalizer_biquad, gain, resample
 
         def uniform(low: float, high: float) -> float:
             return low + (high - low) * torch.rand((), generator=generator).item()
 
         out = wave.clone()
-        reach = min(round(self.shift_seconds * sample_rate), wave.shape[0] - 1)
+        if self.speed is not None:
+            factor = max(1, round(uniform(*self.speed) * _SPEED_STEPS))
+            if factor != _SPEED_STEPS:
+                out = resample(out, factor, _SPEED_STEPS)
+        reach = min(round(self.shift_seconds * sample_rate), out.shape[0] - 1)
         if reach > 0:
             by = int(torch.randint(-reach, reach + 1, (), generator=generator))
             out = torch.roll(out, by)
@@ -51,9 +81,18 @@ class Augmentation:
                 out[:by] = 0.0
             elif by < 0:
                 out[by:] = 0.0
+        if self.equalize_db > 0:
+            for _ in range(_BANDS):
+                centre = math.exp(uniform(math.log(60.0), math.log(0.45 * sample_rate)))
+                level, q = uniform(-self.equalize_db, self.equalize_db), uniform(0.5, 2.0)
+                out = equalizer_biquad(out, sample_rate, centre, level, q)
         if self.gain_db > 0:
             out = gain(out, uniform(-self.gain_db, self.gain_db))
         if self.noise_snr_db is not None:
             ratio = torch.tensor(uniform(*self.noise_snr_db))
             out = add_noise(out, torch.randn(out.shape, generator=generator), ratio)
+        if self.mask_seconds > 0:
+            length = min(round(uniform(0.0, self.mask_seconds) * sample_rate), out.shape[0] - 1)
+            first = int(torch.randint(0, out.shape[0] - length, (), generator=generator))
+            out[first : first + length] = 0.0
         return out.clamp(-1.0, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -32,15 +33,17 @@ class AudioBatches:
         recordings (n,) int64: the place of each in `clips`
 
     Layout "windows", a recording of s samples being s + 2 ids with begin_id before and end_id behind them, so
-    that s + 1 ids are predicted, the first sample and the end among them; a window has up to `plan.window`:
+    that s + 1 ids are predicted, the first sample and the end among them; a window has up to `plan.window`.
+    With a `tokenizer` that has classes the begin id is that of the recording's class:
 
         ids, labels (1, total) int64: labels[0, t] is the id after ids[0, t]
         cu_seqlens (n + 1,), recordings (n,) int64: as above
         classes (n,) int64: the class of each window's recording, -100 where there is none
         starts (n,) int64: the place of each window's first id in its recording, 0 where it is begin_id
 
-    clips: the recordings. classes: names of the classes, in the order of their numbers. augment: applied in
-    training alone, drawn anew for each recording or window and epoch.
+    clips: the recordings. keep_every: of what is read every so-manieth sample is kept, without a filter, from
+    the first on. classes: names of the classes, in the order of their numbers. augment: applied in
+    training alone, drawn anew for each recording or window and epoch. tokenizer: makes the ids.
     """
 
     clips: Sequence[Clip]
@@ -49,6 +52,8 @@ class AudioBatches:
     layout: Layout = "recordings"
     input: Input = "waveform"
     augment: Augmentation | None = None
+    keep_every: int = 1
+    tokenizer: MuLawTokenizer = field(default_factory=MuLawTokenizer)
     _evaluation: list[Parts] | None = field(default=None, repr=False)
 
     @property
@@ -74,29 +79,30 @@ class AudioBatches:
         rows = list(zip(parts.recording.tolist(), parts.first.tolist(), parts.last.tolist()))
         number = {name: i for i, name in enumerate(self.classes)}
         known = [number.get(self.clips[r].recording.label or "", IGNORE) for r, _, _ in rows]
-        common = {
-            "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), parts.sizes.cumsum(0)]),
-            "recordings": parts.recording.clone(),
-        }
+        numbers = parts.recording.clone()
         classes = torch.tensor(known, dtype=torch.int64)
         if self.layout == "recordings":
-            waves = torch.cat([self._wave(r, 0, self.clips[r].frames, epoch) for r, _, _ in rows])[None]
-            made = {"ids": MuLawTokenizer().encode(waves)} if self.input == "mu_law" else {"waveform": waves}
-            return {**made, **common, "labels": classes}
+            each = [self._wave(r, 0, self.clips[r].frames, epoch) for r, _, _ in rows]
+            waves = torch.cat(each)[None]
+            made = {"ids": self.tokenizer.encode(waves)} if self.input == "mu_law" else {"waveform": waves}
+            return {**made, "cu_seqlens": _borders(each), "recordings": numbers, "labels": classes}
         streams = [self._stream(r, first, last, epoch) for r, first, last in rows]
+        inputs = [s[:-1] for s in streams]
         return {
-            "ids": torch.cat([s[:-1] for s in streams])[None],
+            "ids": torch.cat(inputs)[None],
             "labels": torch.cat([s[1:] for s in streams])[None],
-            **common,
+            "cu_seqlens": _borders(inputs),
+            "recordings": numbers,
             "classes": classes,
             "starts": parts.first.clone(),
         }
 
     def _stream(self, row: int, first: int, last: int, epoch: int | None) -> Tensor:
-        """Ids [first, last] of recording `row`: begin_id is its id 0, sample t id t + 1, end_id the last."""
-        tokenizer, frames = MuLawTokenizer(), self.clips[row].frames
+        """Ids [first, last] of recording `row`: its begin id is id 0, sample t id t + 1, end_id the last."""
+        tokenizer, frames = self.tokenizer, self.clips[row].frames
+        label = self.clips[row].recording.label if tokenizer.classes else None
         begin, end = max(first - 1, 0), min(last, frames)
-        pieces = [torch.tensor([tokenizer.begin_id])] if first == 0 else []
+        pieces = [torch.tensor([tokenizer.begin_id_of(label)])] if first == 0 else []
         if end > begin:
             pieces.append(tokenizer.encode(self._wave(row, begin, end, epoch)))
         if last == frames + 1:
@@ -105,8 +111,13 @@ class AudioBatches:
 
     def _wave(self, row: int, first: int, last: int, epoch: int | None) -> Tensor:
         clip = self.clips[row]
-        wave = clip.read(first, last - first)
+        wave = clip.read(first, last - first)[:: self.keep_every]
         if self.augment is None or epoch is None:
             return wave
         generator = derived_generator(self.plan.seed, "audio", "augment", epoch, row, first)
-        return self.augment(wave, clip.reading.sample_rate, generator)
+        return self.augment(wave, clip.reading.sample_rate // self.keep_every, generator)
+
+
+def _borders(parts: Sequence[Tensor]) -> Tensor:
+    """Where each of `parts` begins when they lie end to end, and the end: (n + 1,) int64."""
+    return torch.tensor([0, *accumulate(part.shape[0] for part in parts)], dtype=torch.int64)

@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 
 from ssm_modal.datamodules.dna_batches import DNABatches, Objective
 from ssm_modal.datamodules.dna_plan import Stage, Stretch, split_genome, training_stages
-from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
+from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import GENOME_SUFFIXES, Genome, open_genome
+from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.nucleotides import GenomeError
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import text_files

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ssm_modal.datamodules.audio_plan import BatchPlan, Parts
 from ssm_modal.datamodules.dna import SPLITS, build_dna_tokenizer
-from ssm_modal.datamodules.left_out import warn_left_out, write_left_out
+from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.labelled_sequences import LabelledSequence, class_names, read_labelled_sequences
+from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement, text_of
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from ssm_modal.datamodules.image_batches import ImageBatches, Layout
 from ssm_modal.datamodules.image_sources import PUBLISHED, Sample, folder_images, published_images
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
-from ssm_modal.io.image_transforms import ImageAugmentation, ImagePreprocessing
+from ssm_modal.io.image_transforms import ImageAugmentation, ImagePreprocessing, as_pixels, pixel_order
 from ssm_modal.io.images import IMAGE_SUFFIXES
 from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.recordings import SPLITS, LeftOut
-from ssm_modal.plots import draw_image
+from ssm_modal.plots import draw_image, draw_image_relevance
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -200,9 +201,30 @@ class ImageDataModule(pl.LightningDataModule):
     def draw_example(self, panel: SubFigure, split: str, number: int) -> None:
         """Draw image `number` of "validation", "test" or "predict" into the matplotlib subfigure `panel`, as
         the model sees it."""
+        draw_image(panel, self.preprocessing.undo(self._example(split, number)))
+
+    def example_input(self, split: str, number: int) -> Tensor:
+        """What the model reads of that image: (1, channels, height, width), or (1, pixels, channels) in the
+        order of layout "pixels"."""
+        image = self._example(split, number).unsqueeze(0)
+        return image if self.layout == "images" else as_pixels(image, self._pixel_order())
+
+    def draw_relevance(self, panel: SubFigure, split: str, number: int, relevance: Tensor) -> None:
+        """As `draw_example`, with the `relevance` of its pixels, (height, width), or (pixels,) in their
+        order, over it."""
+        if relevance.ndim == 1:
+            order = self._pixel_order()
+            placed = relevance if order is None else relevance[order.argsort()]
+            relevance = placed.unflatten(0, self.image_size)
+        draw_image_relevance(panel, self.preprocessing.undo(self._example(split, number)), relevance)
+
+    def _pixel_order(self) -> Tensor | None:
+        height, width = self.image_size
+        return pixel_order(height * width, self.permutation_seed)
+
+    def _example(self, split: str, number: int) -> Tensor:
         samples = self._predicted() if split == "predict" else self.samples(split)
-        image = self.preprocessing.evaluation()(samples[number].read(self.channels))
-        draw_image(panel, self.preprocessing.undo(image))
+        return self.preprocessing.evaluation()(samples[number].read(self.channels))
 
     def _predicted(self) -> list[Sample]:
         splits = self._prepare()

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.recordings import LeftOut
-
-__all__ = ["warn_left_out", "write_left_out"]
 
 
 def warn_left_out(left_out: Sequence[LeftOut], what: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssm_modal.tokenizers import TextTokenizer, load_tokenizer
+from ssm_modal.tokenizers import MuLawTokenizer, TextTokenizer, load_tokenizer
 
 
-def save_run_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
+def save_run_tokenizer(tokenizer: TextTokenizer | MuLawTokenizer, folder: Path) -> None:
     """Write `tokenizer` to `tokenizer.json` in `folder`; ValueError where that file holds another one."""
     file = folder / "tokenizer.json"
     if file.exists():

@@ -59,8 +59,8 @@ class State:
     @property
     def batch_size(self) -> int:
         """Number of rows (batch entries, or packed sequences)."""
-        tensors = self.tensors()
-        return tensors[0].shape[0] if tensors else 0
+        first = _first_tensor(self)
+        return first.shape[0] if first is not None else 0
 
     def clone(self) -> Self:
         """A copy that shares no memory with this state; gradients flow through."""
@@ -132,6 +132,19 @@ def _each(value: Any, fn: Callable[[State], Any]) -> Any:
     if isinstance(value, State):
         return fn(value)
     return tuple(_each(v, fn) for v in value) if isinstance(value, tuple) else value
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The first of `State.tensors`, without a walk through all of them: every layer asks at every call."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, State):
+        inside: Any = (getattr(value, f.name) for f in dataclasses.fields(value))
+    elif isinstance(value, (tuple, list)):
+        inside = value
+    else:
+        return None
+    return next((found for one in inside if (found := _first_tensor(one)) is not None), None)
 
 
 def _split(state: State) -> tuple[list[str], list[tuple[str, Any]]]:

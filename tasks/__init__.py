@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ssm_modal.tasks.masked_language import MaskedLanguageModelling
     from ssm_modal.tasks.optimizers import OptimizerConfig
     from ssm_modal.tasks.schedules import ScheduleConfig
+    from ssm_modal.tasks.species import SpeciesClassification
     from ssm_modal.tasks.synthetic import SyntheticTask
 
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "MaskedLanguageModelling": "masked_language",
     "OptimizerConfig": "optimizers",
     "ScheduleConfig": "schedules",
+    "SpeciesClassification": "species",
     "StepOutput": "base",
     "SyntheticTask": "synthetic",
     "TrainingTask": "base",
@@ -37,6 +39,7 @@ __all__ = [
     "MaskedLanguageModelling",
     "OptimizerConfig",
     "ScheduleConfig",
+    "SpeciesClassification",
     "StepOutput",
     "SyntheticTask",
     "TrainingTask",

@@ -46,7 +46,10 @@ class LanguageModelling(TrainingTask):
 
     Logs `train/loss`, and under `val/` or `test/`: `loss` (nats a token, the mean over all targets),
     `perplexity`, `bits_per_byte` where the data module has `bytes_per_token(split)`, `nats_per_base` where it
-    has `bases_per_token`, and `stream_loss` and `stream_bits_per_byte` of the streamed pass.
+    has `bases_per_token`, and `stream_loss` and `stream_bits_per_byte` of the streamed pass. Where it has
+    `sample_levels` (ids below it stand for samples of a waveform, others for begin and end):
+    `bits_per_sample`, the bits of all samples over their number; `bits_per_end`, those of an end;
+    `bits_per_sample_with_end`, all bits over the number of samples.
     """
 
     def __init__(
@@ -77,6 +80,9 @@ class LanguageModelling(TrainingTask):
     def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
         if stage == "train" and self.input_noise:
             batch = {**batch, "ids": self._noised(batch["ids"])}
+        levels = getattr(getattr(self._trainer, "datamodule", None), "sample_levels", None)
+        if stage != "train" and levels is not None:
+            return _waveform_bits(self._target_nats(batch), batch["labels"], levels)
         if self.segment is None and self.recompute == "none":
             return StepOutput(*token_loss(self.logits(batch), batch["labels"]))
         model: Any = self.model
@@ -135,19 +141,23 @@ class LanguageModelling(TrainingTask):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """`ids`, `labels` and `nats`, (batch, length) on the host: each target's loss, 0 where none is."""
+        nats = self._target_nats(batch)
+        return {"ids": batch["ids"].cpu(), "labels": batch["labels"].cpu(), "nats": nats.cpu()}
+
+    def _target_nats(self, batch: Mapping[str, Any]) -> Tensor:
+        """Each target's loss in nats, 0 where there is none: (batch, length)."""
         labels = batch["labels"]
         if self.segment is not None or self.recompute != "none":
             model: Any = self.model
             segment = self.segment or max(1, labels.shape[1])
-            nats = long_token_nats(model, batch["ids"], labels, segment=segment, seqs=batch.get("seqs"))
-        else:
-            nats = torch.nn.functional.cross_entropy(
-                self.logits(batch).float().flatten(0, -2),
-                labels.flatten(),
-                ignore_index=IGNORE,
-                reduction="none",
-            )
-        return {"ids": batch["ids"].cpu(), "labels": labels.cpu(), "nats": nats.view(labels.shape).cpu()}
+            return long_token_nats(model, batch["ids"], labels, segment=segment, seqs=batch.get("seqs"))
+        nats = torch.nn.functional.cross_entropy(
+            self.logits(batch).float().flatten(0, -2),
+            labels.flatten(),
+            ignore_index=IGNORE,
+            reduction="none",
+        )
+        return nats.view(labels.shape)
 
     @property
     def _datamodule(self) -> Any:
@@ -157,6 +167,18 @@ class LanguageModelling(TrainingTask):
         """Bytes of text that a token of `split` stands for on average; None where the data does not say."""
         ask = getattr(self._datamodule, "bytes_per_token", None)
         return float(ask(split)) if callable(ask) else None
+
+
+def _waveform_bits(nats: Tensor, labels: Tensor, levels: int) -> StepOutput:
+    """The loss of every target, and in bits apart for samples (labels below `levels`) and what ends them."""
+    bits = nats.double() / math.log(2)
+    sample, end = (labels >= 0) & (labels < levels), labels >= levels
+    sums = {
+        "bits_per_sample": (bits[sample].sum(), sample.sum()),
+        "bits_per_end": (bits[end].sum(), end.sum()),
+        "bits_per_sample_with_end": (bits.sum(), sample.sum()),
+    }
+    return StepOutput(nats.double().sum(), (labels != IGNORE).sum(), sums)
 
 
 def safe_exp(nats: float) -> float:

@@ -43,3 +43,12 @@ def test_a_hugging_face_trainer_trains(tmp_path: Path) -> None:
     assert loss is not None
     assert 1 < float(loss[1]) < 5.6  # ln 256 is 5.55
     assert ssm_modal.load_pretrained(tmp_path / "byte_model").config.vocab_size == 256  # type: ignore[attr-defined]
+
+
+def test_a_timm_pipeline_trains(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    out = _run("timm_training.py", tmp_path, "--epochs", 6, "--size", 16, "--depth", 2, "--width", 32)
+    right = re.search(r"(\d+) of 64 training images right", out)
+    assert right is not None
+    assert int(right[1]) > 40
+    assert ssm_modal.load_pretrained(tmp_path / "picture_model").config.n_classes == 2  # type: ignore[attr-defined]

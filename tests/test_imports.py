@@ -28,6 +28,7 @@ ORDER = (
     ("checkpoints",),
     ("generation",),
     ("evaluation",),
+    ("genomics",),
     ("cli",),
 )
 # Written for an extra: nothing imports them unless a user or a config asks for what they hold.

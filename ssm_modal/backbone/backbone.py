@@ -1,4 +1,4 @@
-"""The stack of blocks every model rests on."""
+"""The stack of blocks that most models rest on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssm_modal.backbone.base import BackboneBase
 from ssm_modal.backbone.block import Block
 from ssm_modal.backbone.config import BackboneConfig
 from ssm_modal.errors import StateError
@@ -35,13 +36,10 @@ class BackboneState(State):
         return self.layers[layer]
 
 
-class Backbone(nn.Module):
-    """(batch, length, d_model) to the same: n_layers pre-norm blocks and a final RMSNorm.
+class Backbone(BackboneBase):
+    """(batch, length, d_model) to the same: n_layers pre-norm blocks and a final RMSNorm."""
 
-    Attributes: has_state, whether every layer can carry a state (False where any needs the whole sequence);
-    gradient_checkpointing, a switch that may be set at any time.
-    """
-
+    config: BackboneConfig
     state_type = BackboneState
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -77,13 +75,6 @@ class Backbone(nn.Module):
     def forward(
         self, x: Tensor, state: BackboneState | None = None, *, seqs: Sequences | Tensor | None = None
     ) -> tuple[Tensor, BackboneState | None]:
-        """Run over x: (batch, length, d_model).
-
-        state: what an earlier call returned, or None. seqs: `Sequences`, or cu_seqlens (sequences + 1,) int32
-        or int64, which is validated here once: x is then (1, total, d_model) and the state has one row a
-        sequence. Returns (output in x's shape, new state), the state None where a layer needs the whole
-        sequence.
-        """
         check_input(self, x)
         if seqs is not None and not isinstance(seqs, Sequences):
             seqs = Sequences.from_cu_seqlens(seqs, x.shape[1], x.device)
@@ -127,7 +118,6 @@ class Backbone(nn.Module):
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> BackboneState:
-        """The state before the first step for `batch` rows; device and dtype default to the parameters'."""
         if not self.has_state:
             raise StateError("Backbone: a layer needs the whole sequence, so it has no state")
         return BackboneState(
@@ -136,7 +126,6 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def step_(self, x: Tensor, state: BackboneState) -> Tensor:
-        """One step, x: (batch, 1, d_model) to the same; `state` is changed in place."""
         check_input(self, x)
         check_state(self, state, x)
         if not torch.is_autocast_enabled(x.device.type):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ssm_modal.backbone.base import BackboneBase, BackboneBaseConfig
 from ssm_modal.errors import ConfigError
 from ssm_modal.layers.bidirectional import BidirectionalConfig
-from ssm_modal.layers.config import Config, check_positive
+from ssm_modal.layers.config import check_positive
 from ssm_modal.layers.feed_forward import FeedForwardConfig
 from ssm_modal.layers.mamba import MambaConfig
 from ssm_modal.layers.mixer import MixerConfig
@@ -15,7 +16,7 @@ from ssm_modal.layers.moe import MoEConfig
 
 
 @dataclass(frozen=True)
-class BackboneConfig(Config):
+class BackboneConfig(BackboneBaseConfig):
     """n_layers blocks of width d_model.
 
     mixer: one config for every block, or a tuple repeated over them: layer i takes mixer[i % len(mixer)], so
@@ -28,7 +29,6 @@ class BackboneConfig(Config):
     """
 
     type: ClassVar[str] = "backbone"
-    d_model: int
     n_layers: int
     mixer: MixerConfig | tuple[MixerConfig, ...] = field(default_factory=MambaConfig)
     mlp: FeedForwardConfig | tuple[FeedForwardConfig | None, ...] | None = None
@@ -54,11 +54,18 @@ class BackboneConfig(Config):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{name}: dropout is {self.dropout}, expected 0 or more and below 1")
 
-    @property
-    def causal(self) -> bool:
-        """Whether no layer sees the future."""
-        mixers = [self.mixer_of(i) for i in range(self.n_layers)]
-        return self.bidirectional is None and all(getattr(m, "causal", True) for m in mixers)
+    def build(self) -> BackboneBase:
+        from ssm_modal.backbone.backbone import Backbone  # its blocks are made of this config
+
+        return Backbone(self)
+
+    def sees_the_future(self) -> str | None:
+        if self.bidirectional is not None:
+            return "backbone.bidirectional is set"
+        for i in range(self.n_layers):
+            if getattr(self.mixer_of(i), "causal", True) is False:
+                return f"the mixer of layer {i} has causal=False"
+        return None
 
     def mixer_of(self, layer: int) -> MixerConfig:
         """The mixer of block `layer`, counted from 0."""
@@ -74,6 +81,5 @@ class BackboneConfig(Config):
 
     @property
     def aux_loss_coef(self) -> float:
-        """How much of the load-balancing loss training adds; 0 without a mixture of experts."""
         experts = self._experts()
         return experts[0].aux_loss_coef if experts else 0.0

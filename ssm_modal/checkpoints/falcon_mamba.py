@@ -21,7 +21,7 @@ def read_falcon_mamba(fields: Fields) -> CausalLMConfig:
 def write_falcon_mamba(config: CausalLMConfig) -> dict[str, Any]:
     """Its config.json."""
     written = write_mamba(config, "falcon_mamba")
-    mamba = config.backbone.mixer_of(0)
+    mamba = config.stack.mixer_of(0)
     assert isinstance(mamba, MambaConfig)
     problems = Problems("falcon_mamba")
     problems.expect(mamba.bc_dt_norm_eps is not None, "it has no norms on dt, B and C")

@@ -94,7 +94,7 @@ class Problems:
 
 def one_mixer(config: CausalLMConfig, kind: type[MixerConfig], problems: Problems) -> Any:
     """The config that every mixer of class `kind` has; a default one where there is none of them."""
-    mixers = {config.backbone.mixer_of(i) for i in range(config.backbone.n_layers)}
+    mixers = {config.stack.mixer_of(i) for i in range(config.stack.n_layers)}
     own = [m for m in mixers if isinstance(m, kind)]
     problems.expect(len(own) <= 1, f"its {kind.__name__}s differ from layer to layer")
     return own[0] if own else kind()
@@ -108,7 +108,7 @@ def vocabulary_rows(config: CausalLMConfig) -> int:
 
 def dt_rank_of(config: CausalLMConfig, mamba: MambaConfig) -> int:
     """The width of the bottleneck of dt, as a number."""
-    return -(-config.backbone.d_model // 16) if mamba.dt_rank == "auto" else mamba.dt_rank
+    return -(-config.stack.d_model // 16) if mamba.dt_rank == "auto" else mamba.dt_rank
 
 
 def mamba_parts(mamba: MambaConfig, key: str, name: str) -> Iterator[Part]:

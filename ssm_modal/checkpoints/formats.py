@@ -43,9 +43,9 @@ def family_of_document(document: Mapping[str, Any], source: str) -> Family:
 
 def family_of_config(config: CausalLMConfig) -> Family:
     """The family of transformers that a model is of, if any of them is; its `write` says why not."""
-    mixers = [config.backbone.mixer_of(i) for i in range(config.backbone.n_layers)]
+    mixers = [config.stack.mixer_of(i) for i in range(config.stack.n_layers)]
     mamba_alone = all(isinstance(m, MambaConfig) for m in mixers)
-    if not mamba_alone or any(config.backbone.mlp_of(i) is not None for i in range(len(mixers))):
+    if not mamba_alone or any(config.stack.mlp_of(i) is not None for i in range(len(mixers))):
         return JAMBA
     normed = any(isinstance(m, MambaConfig) and m.bc_dt_norm_eps is not None for m in mixers)
     return FALCON_MAMBA if normed else MAMBA

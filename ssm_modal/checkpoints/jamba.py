@@ -87,7 +87,7 @@ def _pattern(fields: Fields, what: str, default: tuple[int, int], chosen: Any, o
 
 def write_jamba(config: CausalLMConfig) -> dict[str, Any]:
     """Its config.json."""
-    backbone, problems = config.backbone, Problems("jamba")
+    backbone, problems = config.stack, Problems("jamba")
     layers = range(backbone.n_layers)
     mixers, mlps = [backbone.mixer_of(i) for i in layers], [backbone.mlp_of(i) for i in layers]
     mamba = one_mixer(config, MambaConfig, problems)
@@ -177,7 +177,7 @@ def parts_jamba(config: CausalLMConfig, keys: Collection[str] = ()) -> list[Part
         Part("model.embed_tokens.weight", "embedding.weight"),
         Part("model.final_layernorm.weight", "backbone.norm.weight"),
     ]
-    backbone = config.backbone
+    backbone = config.stack
     for i in range(backbone.n_layers):
         key, name = f"model.layers.{i}", f"backbone.layers.{i}"
         parts.append(Part(f"{key}.input_layernorm.weight", f"{name}.norm.weight"))

@@ -12,12 +12,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ssm_modal.backbone import Backbone
+from ssm_modal.backbone import BackboneBase
 from ssm_modal.checkpoints.family import Family, Fields, Part
 from ssm_modal.checkpoints.fit import check_shapes
 from ssm_modal.checkpoints.formats import family_of_document
 from ssm_modal.checkpoints.locate import locate
-from ssm_modal.checkpoints.room import DTYPES, check_dtype, check_room, stored_dtype
+from ssm_modal.checkpoints.room import DTYPES, check_device, check_room, stored_dtype
 from ssm_modal.checkpoints.weights import TensorWeights, Weights, open_weights, read_torch_file
 from ssm_modal.errors import CheckpointError, ConfigError
 from ssm_modal.layers.quantized import (
@@ -51,7 +51,7 @@ def load_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     quantize: Quantisation | None = None,
-) -> Backbone: ...
+) -> BackboneBase: ...
 def load_pretrained(
     path: str | os.PathLike[str],
     part: str | None = None,
@@ -59,7 +59,7 @@ def load_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     quantize: Quantisation | None = None,
-) -> Model | Backbone:
+) -> Model | BackboneBase:
     """The model (in eval mode) that was saved, published or trained at `path`, with its weights.
 
     Weights go from the mapped file to the device a tensor at a time: the peak is the model itself on the
@@ -70,7 +70,7 @@ def load_pretrained(
             falcon_mamba or jamba (config.json, one file or shards of safetensors); a folder of state-spaces'
             Mamba (config.json with ssm_cfg, pytorch_model.bin); the id of a Hugging Face repository with one
             of these; the folder of a training run (its best checkpoint, else its last); a .ckpt of one.
-        part: None for the whole model, "backbone" for its `Backbone` alone.
+        part: None for the whole model, "backbone" for its backbone alone.
         device: where the weights go; None for the CPU.
         dtype: torch.float32, bfloat16, float16 or float64, which the weights are cast to. None keeps what
             was saved; of a published model, the one its config.json names, else that of its embedding.
@@ -83,8 +83,8 @@ def load_pretrained(
         CheckpointError: nothing found there; a file missing, cut short or of an unknown format or
             architecture; weights that do not fit the architecture (every missing, unexpected and mis-shaped
             one is listed); too little memory on the device, with what would fit. Nothing is loaded then.
-        ValueError: an unknown `part` or `quantize`, or a dtype that the device cannot compute in or that
-            cannot be quantised (float64).
+        ValueError: an unknown `part` or `quantize`, a device that is not there, or a dtype that it cannot
+            compute in or that cannot be quantised (float64).
         ImportError: `quantize` without bitsandbytes.
     """
     if part not in (None, "backbone"):
@@ -97,14 +97,14 @@ def load_pretrained(
     if quantize is not None and dtype == torch.float64:
         raise ValueError("load_pretrained: dtype is torch.float64, which cannot be quantised")
     place = torch.device(device) if device is not None else torch.device("cpu")
-    check_dtype(dtype, place)
+    check_device(place, dtype)
     found = locate(path)
     source = _of_run(found) if found.is_file() else _of_folder(found)
     try:
         # On meta nothing is allocated, and the caller's random numbers are left as they are.
         with torch.device("meta"):
-            model: Model | Backbone
-            model = source.config.build() if part is None else Backbone(source.config.backbone_config)
+            model: Model | BackboneBase
+            model = source.config.build() if part is None else source.config.backbone_config.build()
     except ConfigError as error:
         raise CheckpointError(f"{found}: the config is not one of this version's: {error}") from error
     fill(model, source, str(found), place, dtype, quantize)
@@ -124,7 +124,7 @@ class Source:
 
 
 def fill(
-    model: Model | Backbone,
+    model: Model | BackboneBase,
     source: Source,
     where: str,
     device: torch.device,
@@ -170,16 +170,16 @@ def fill(
             tensors[part.name][part.region].copy_(tensor)
         elif source.family is not None and key == source.family.head:
             head = tensor
-    if head is not None and not isinstance(model, Backbone):
+    if head is not None and not isinstance(model, BackboneBase):
         _check_tied(head, tensors["embedding.weight"], where)
     # Not strict: packed weights have their values; of the others check_shapes found every one.
     model.load_state_dict(tensors, strict=not packed, assign=True)
 
 
-def _places(model: Model | Backbone, source: Source) -> tuple[dict[str, Part], set[str]]:
+def _places(model: Model | BackboneBase, source: Source) -> tuple[dict[str, Part], set[str]]:
     """Where each key of the files goes in `model`, and the keys it rightly has no use for."""
     keys, family = source.weights.shapes.keys(), source.family
-    prefix = _BACKBONE if isinstance(model, Backbone) else ""
+    prefix = _BACKBONE if isinstance(model, BackboneBase) else ""
     if family is None:
         parts = {prefix + name: Part(prefix + name, name) for name in model.state_dict()}
         return parts, {key for key in keys if not key.startswith(prefix)}
@@ -204,7 +204,7 @@ def _check_tied(head: Tensor, embedding: Tensor, where: str) -> None:
         )
 
 
-def _wide_names(model: Model | Backbone) -> set[str]:
+def _wide_names(model: Model | BackboneBase) -> set[str]:
     """The names of the parameters that stay fp32 in a half-precision model."""
     return {
         f"{prefix}.{name}"

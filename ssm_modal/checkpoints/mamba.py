@@ -68,7 +68,7 @@ def _expand(fields: Fields, d_model: int) -> int:
 
 def write_mamba(config: CausalLMConfig, family: str = "mamba") -> dict[str, Any]:
     """family: "mamba", or "falcon_mamba" for the norms on dt, B and C."""
-    backbone, problems = config.backbone, Problems(family)
+    backbone, problems = config.stack, Problems(family)
     mamba = one_mixer(config, MambaConfig, problems)
     layers = range(backbone.n_layers)
     problems.expect(
@@ -104,10 +104,10 @@ def parts_mamba(
     config: CausalLMConfig, keys: Collection[str] = (), embedding: str = "backbone.embeddings.weight"
 ) -> list[Part]:
     """embedding: the key of the token embedding."""
-    mamba = config.backbone.mixer_of(0)
+    mamba = config.stack.mixer_of(0)
     assert isinstance(mamba, MambaConfig)
     parts = [Part(embedding, "embedding.weight"), Part("backbone.norm_f.weight", "backbone.norm.weight")]
-    for i in range(config.backbone.n_layers):
+    for i in range(config.stack.n_layers):
         layer = f"backbone.layers.{i}"
         parts.append(Part(f"{layer}.norm.weight", f"{layer}.norm.weight"))
         parts += mamba_parts(mamba, f"{layer}.mixer", f"{layer}.mixer")

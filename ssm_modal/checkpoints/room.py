@@ -15,8 +15,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GIB = 1 << 30
 
 
-def check_dtype(dtype: object, device: torch.device) -> None:
-    """Raise ValueError unless models can run in `dtype` on `device`; None passes."""
+def check_device(device: torch.device, dtype: object) -> None:
+    """Raise ValueError unless `device` is there and models can run in `dtype` on it; dtype None passes."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"load_pretrained: device is {device}, but torch finds no NVIDIA GPU here")
     if dtype is None:
         return
     if dtype not in DTYPES:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssm_modal.checkpoints.companions import (
     GENERATION_FILE,
+    TOKEN_IDS,
     companions,
     for_transformers,
     token_ids,
@@ -97,8 +98,6 @@ def save_pretrained(
         _write_json(target / CONFIG_FILE, config)
         _write_shards(target, model, family, shard_bytes)
         _write_all(target, files)
-        if GENERATION_FILE not in files:
-            _write_json(target / GENERATION_FILE, {k: v for k, v in ids.items() if v is not None})
 
 
 def _beside(source: str | os.PathLike[str] | None) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -107,7 +106,13 @@ def _beside(source: str | os.PathLike[str] | None) -> tuple[dict[str, bytes], di
         return {}, {}
     found = locate(source)
     if found.is_dir():
-        return companions(found), read_document(found)
+        files, document = companions(found), read_document(found)
+        ids = {name: document[name] for name in TOKEN_IDS if document.get(name) is not None}
+        if (
+            ids and GENERATION_FILE not in files
+        ):  # where the ids outlive a config.json that has no words for them
+            files[GENERATION_FILE] = (json.dumps(ids, indent=2) + "\n").encode()
+        return files, document
     # A training run keeps its tokenizer in its folder, beside the one of the checkpoints.
     places = [p for p in (found.parent, found.parent.parent) if companions(p)]
     return (companions(places[0]) if places else {}), {}

@@ -70,7 +70,7 @@ def read_state_spaces(fields: Fields) -> CausalLMConfig:
 def write_state_spaces(config: CausalLMConfig) -> dict[str, Any]:
     """A config.json that `mamba_ssm.MambaLMHeadModel.from_pretrained` reads."""
     write_mamba(config)  # the same restrictions
-    backbone, problems = config.backbone, Problems("state_spaces")
+    backbone, problems = config.stack, Problems("state_spaces")
     problems.expect(
         backbone.norm_eps == NORM_EPS, f"its norm_eps is {backbone.norm_eps}, expected {NORM_EPS}"
     )

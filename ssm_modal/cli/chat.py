@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_modal.checkpoints.locate import locate
-from ssm_modal.cli.language_model import add_model_arguments, open_model
+from ssm_modal.cli.language_model import add_model_arguments, open_text_model
 from ssm_modal.cli.sampling_options import add_sampling_arguments, sampling_config
 from ssm_modal.generation import CausalModel, GenerationConfig, generate
 from ssm_modal.state import State
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer the lines of standard input until an empty one; returns 0, or raises what is wrong."""
     config = sampling_config(args)
-    model, tokenizer, place = open_model(args)
+    model, tokenizer, place = open_text_model(args)
     template = ChatTemplate.from_folder(Path(place) if Path(place).is_dir() else locate(place))
     talk = Conversation(model, tokenizer, template, config, system=args.system)
     terminal = sys.stdin.isatty()

@@ -48,7 +48,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     },
     "text": {"tokenizers": "tokenizers"},
     "audio": {"torchaudio": "torchaudio", "soundfile": "soundfile"},
-    "genomics": {"biopython": "Bio", "pysam": "pysam"},
+    "genomics": {"biopython": "Bio", "pysam": "pysam", "h5py": "h5py", "numpy": "numpy"},
     "vision": {"timm": "timm", "torchvision": "torchvision"},
     "quant": {"bitsandbytes": "bitsandbytes"},
     "adapters": {"peft": "peft"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ssm_modal.cli.language_model import add_model_arguments, open_model
+from ssm_modal.cli.language_model import add_model_arguments, open_text_model
 from ssm_modal.evaluation import TextScore, score_text
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.text import expand_path, read_text, text_files
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the options say; returns 0, or raises the error that says what is wrong with them."""
     files = [file for path in args.texts for file in text_files(path, name="PATH")]
-    model, tokenizer, place = open_model(args)
+    model, tokenizer, place = open_text_model(args)
     rows = []
     total = TextScore(0.0, 0, 0)
     for file in files:

@@ -62,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--tokenizer", metavar="NAME|PATH", help="default: the one kept with the model")
     add("--sample-rate", type=int, metavar="HZ", help="of audio; default: the one kept with the run")
+    for name in ("mean", "std"):
+        add(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            metavar="X",
+            help=f"{name} of an image's channels, for a model not saved by a run, which knows its own",
+        )
     add("--device", default="auto", help='"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one')
 
 
@@ -82,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         region=args.region,
         tokenizer=args.tokenizer,
         sample_rate=args.sample_rate,
+        mean=args.mean,
+        std=args.std,
     )
     names = explained.classes
     found = attribute(

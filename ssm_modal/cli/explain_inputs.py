@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssm_modal.attribution import Attribution
 from ssm_modal.checkpoints.locate import locate
+from ssm_modal.cli.image_inputs import ImageInput, image_input
 from ssm_modal.cli.language_model import find_tokenizer
 from ssm_modal.io.audio import audio_info, read_audio
 from ssm_modal.io.cache import cache_folder
@@ -19,8 +20,8 @@ from ssm_modal.io.genome import open_genome
 from ssm_modal.io.nucleotides import text_of
 from ssm_modal.io.regions import parse_region
 from ssm_modal.io.text import read_text
-from ssm_modal.models import Model, SequenceClassifier
-from ssm_modal.plots import draw_tokens, draw_waveform_relevance, token_lines
+from ssm_modal.models import CausalLM, Model, SequenceClassifier, VisionMambaConfig
+from ssm_modal.plots import draw_image_relevance, draw_tokens, draw_waveform_relevance, token_lines
 from ssm_modal.tokenizers import ByteTokenizer, DNATokenizer, MuLawTokenizer, TextTokenizer
 
 if TYPE_CHECKING:
@@ -72,13 +73,21 @@ def read_input(
     region: str | None,
     tokenizer: str | None,
     sample_rate: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> Explained:
     """What the options mean as an input of `model`, whose checkpoint at `place` holds `data`.
 
     Raises ValueError for an option that the kind of input has no use for or that is missing, and what the
     readers raise for bad files.
     """
-    classes = tuple(data.get("classes", ()))
+    # Classes that a language model's recordings have are not what it predicts.
+    classes = () if isinstance(model, CausalLM) else tuple(data.get("classes", ()))
+    if isinstance(model.config, VisionMambaConfig) or data.get("layout") == "pixels":
+        _refuse("images", text=text, region=region, tokenizer=tokenizer, sample_rate=sample_rate)
+        assert file is not None  # the command asks for either
+        return _image(image_input(model, Path(place), mean, std), file, classes)
+    _refuse("no images", mean=mean, std=std)
     kind = model.config.input.type if isinstance(model, SequenceClassifier) else "ids"
     mu_law = kind == "ids" and data.get("input") == "mu_law"
     if kind in ("waveform", "strided_waveform") or mu_law:
@@ -91,6 +100,10 @@ def read_input(
     if isinstance(known, DNATokenizer):
         _refuse("DNA", sample_rate=sample_rate)
         return _dna(known, file, text, region, classes)
+    if isinstance(known, MuLawTokenizer):
+        _refuse("audio", region=region, text=text)
+        assert file is not None  # the command asks for either
+        return _audio(file, sample_rate or known.sample_rate, True, classes)
     _refuse("text", sample_rate=sample_rate, region=region)
     shown = text if file is None else read_text(file)
     assert shown is not None
@@ -120,6 +133,29 @@ def _audio(file: Path, sample_rate: int | None, mu_law: bool, classes: Sequence[
         lambda panel, relevance: draw_waveform_relevance(panel, wave, relevance, sample_rate),
         (9.0, 4.5),
         classes=classes,
+    )
+
+
+def _image(about: ImageInput, file: Path, classes: Sequence[str]) -> Explained:
+    image = about.read(file)
+    shown = about.preprocessing.undo(image)
+
+    def arrange(found: Attribution) -> Attribution:
+        if about.layout == "images":
+            return found
+        return replace(
+            found,
+            relevance=about.grid(found.relevance),
+            forwards=None if found.forwards is None else about.grid(found.forwards),
+            backwards=None if found.backwards is None else about.grid(found.backwards),
+        )
+
+    return Explained(
+        about.batch([image]),
+        lambda panel, relevance: draw_image_relevance(panel, shown, relevance),
+        (8.0, 4.0),
+        classes=classes,
+        arrange=arrange,
     )
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssm_modal.checkpoints import load_pretrained
-from ssm_modal.checkpoints.locate import locate
+from ssm_modal.cli.image_inputs import ImageInput, image_input
 from ssm_modal.cli.language_model import find_device
 from ssm_modal.io.atomic import put_in_place, write_aside
-from ssm_modal.io.image_transforms import ImagePreprocessing, as_pixels, pixel_order
-from ssm_modal.io.images import ImageError, find_images, read_image
+from ssm_modal.io.images import ImageError, find_images
 from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path
-from ssm_modal.models import SequenceClassifier, VisionMambaConfig
-
-# Under this name a training run's checkpoint holds how images became the model's input.
-_DATA = "ImageDataModule"
+from ssm_modal.models import SequenceClassifier
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
     place = expand_path(args.model, "--model")
     model: Any = load_pretrained(place, device=find_device(args.device))
-    about = _preprocessing(model, place, args)
+    about = image_input(model, place, args.mean, args.std)
     files = find_images(args.images, "none").files
     done, vectors, left_out = _features(model, [one.path for one in files], about, args)
     if not done:
@@ -85,61 +80,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Input:
-    """What a run's checkpoint says about its images: how one becomes the model's input."""
-
-    def __init__(self, preprocessing: ImagePreprocessing, layout: str, permutation_seed: int | None) -> None:
-        self.preprocessing, self.layout = preprocessing, layout
-        self.transform = preprocessing.evaluation()
-        height, width = preprocessing.size
-        self.order = pixel_order(height * width, permutation_seed)
-
-    def read(self, file: Path) -> Tensor:
-        return self.transform(read_image(file, self.preprocessing.channels))
-
-    def batch(self, images: list[Tensor]) -> Tensor:
-        stacked = torch.stack(images)
-        return stacked if self.layout == "images" else as_pixels(stacked, self.order)
-
-
-def _preprocessing(model: Any, place: Path, args: argparse.Namespace) -> _Input:
-    """As the run's checkpoint says, else by the model's config and --mean and --std."""
-    found = locate(place)
-    stored: Mapping[str, Any] | None = None
-    if found.is_file():
-        checkpoint = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
-        stored = checkpoint.get(_DATA)
-    given = [name for name in ("mean", "std") if getattr(args, name) is not None]
-    if stored is not None:
-        if given:
-            raise ValueError(f"--{given[0]} is given, but the run at {place} knows its own")
-        return _Input(
-            ImagePreprocessing(
-                tuple(stored["image_size"]),  # type: ignore[arg-type]
-                stored["channels"],
-                tuple(stored["mean"]),
-                tuple(stored["std"]),
-                stored["crop_pct"],
-                stored["interpolation"],
-            ),
-            stored["layout"],
-            stored["permutation_seed"],
-        )
-    if not isinstance(model.config, VisionMambaConfig):
-        raise ValueError(
-            f"--model is a {type(model).__name__} without a run of images, expected one, or a Vision Mamba"
-        )
-    if len(given) < 2:
-        raise ValueError(f"{place} does not say how its images were normalised; give --mean and --std")
-    config = model.config
-    return _Input(
-        ImagePreprocessing(config.image, config.in_chans, tuple(args.mean), tuple(args.std)), "images", None
-    )
-
-
 @torch.no_grad()
 def _features(
-    model: Any, files: list[Path], about: _Input, args: argparse.Namespace
+    model: Any, files: list[Path], about: ImageInput, args: argparse.Namespace
 ) -> tuple[list[Path], list[Tensor], list[LeftOut]]:
     """The files that could be read, their vectors a batch, and what was left out."""
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""`ssm-modal generate`: continue texts with a trained model, printed as they come."""
+"""`ssm-modal generate`: continue texts with a trained model, printed as they come, or write WAV files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ import argparse
 import sys
 from typing import TextIO
 
-from ssm_modal.cli.language_model import add_model_arguments, open_model
+from ssm_modal.cli import generate_audio
+from ssm_modal.cli.language_model import add_model_arguments, check_vocabulary, open_model
 from ssm_modal.cli.sampling_options import add_sampling_arguments, sampling_config
 from ssm_modal.generation import generate, load_state, save_state
 from ssm_modal.io.text import expand_path, read_text
+from ssm_modal.tokenizers import MuLawTokenizer
+
+# Options that one kind of model takes alone.
+_OF_TEXT = (
+    "prompt",
+    "prompt_file",
+    "max_new_tokens",
+    "stop",
+    "ignore_eos",
+    "no_stream",
+    "state",
+    "save_state",
+)
+_OF_WAVEFORMS = ("out", "label", "number", "max_seconds", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,20 +49,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--state", metavar="FILE", help="go on from the state of a text read before (--save-state)")
     add("--save-state", metavar="FILE", help="keep the state after prompt and text, to go on from by --state")
     add("--no-stream", action="store_true", help="print each text when it is complete, not as it comes")
+    generate_audio.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the options say; returns 0, or raises the error that says what is wrong with them."""
     config = sampling_config(args)
     texts = [*args.prompt, *(read_text(expand_path(file, "--prompt-file")) for file in args.prompt_file)]
-    if not texts:
-        raise ValueError("no prompt is given; give one or more with --prompt TEXT or --prompt-file FILE")
     for text in texts:
         if not text:
             raise ValueError("--prompt is empty, expected a text of at least one character to continue")
     if args.save_state is not None and len(texts) > 1:
         raise ValueError(f"--save-state is given with {len(texts)} prompts, expected one")
     model, tokenizer, _ = open_model(args)
+    waveforms = isinstance(tokenizer, MuLawTokenizer)
+    given = [
+        f"--{n.replace('_', '-')}" for n in (_OF_TEXT if waveforms else _OF_WAVEFORMS) if _given(args, n)
+    ]
+    if given:
+        kinds = ("texts", "waveforms") if waveforms else ("waveforms", "texts")
+        raise ValueError(f"{', '.join(given)}: for models of {kinds[0]}, but --model is one of {kinds[1]}")
+    if not waveforms and not texts:
+        raise ValueError("no prompt is given; give one or more with --prompt TEXT or --prompt-file FILE")
+    check_vocabulary(model, tokenizer)
+    if isinstance(tokenizer, MuLawTokenizer):
+        return generate_audio.run(args, model, tokenizer, config)
     state = None
     if args.state is not None:
         state = load_state(model, expand_path(args.state, "--state"))
@@ -72,6 +98,10 @@ def run(args: argparse.Namespace) -> int:
     if result.states is not None:
         save_state(model, result.states[0], expand_path(args.save_state, "--save-state"))
     return 0
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) not in (None, False, [])
 
 
 class _Printer:

@@ -15,7 +15,13 @@ from ssm_modal.errors import CheckpointError
 from ssm_modal.io.text import expand_path
 from ssm_modal.layers.quantized import QUANTISATIONS
 from ssm_modal.models import CausalLM
-from ssm_modal.tokenizers import TextTokenizer, build_tokenizer, load_tokenizer, tokenizer_from_config
+from ssm_modal.tokenizers import (
+    MuLawTokenizer,
+    TextTokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    tokenizer_from_config,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +51,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(args: argparse.Namespace) -> tuple[CausalLM, TextTokenizer, str]:
+def open_model(args: argparse.Namespace) -> tuple[CausalLM, TextTokenizer | MuLawTokenizer, str]:
     """The model and tokenizer that the options say, and the place they came from."""
     device = find_device(args.device)
     dtype = None if args.dtype is None else DTYPES[args.dtype]
@@ -53,18 +59,30 @@ def open_model(args: argparse.Namespace) -> tuple[CausalLM, TextTokenizer, str]:
     model = load_pretrained(place, device=device, dtype=dtype, quantize=args.quantize)
     if not isinstance(model, CausalLM):
         raise ValueError(f"--model is a {type(model).__name__}, expected a causal language model (CausalLM)")
-    tokenizer = find_tokenizer(place, args.tokenizer)
+    if args.adapter is not None:
+        load_adapter(model, expand_path(args.adapter, "--adapter"))
+    return model, find_tokenizer(place, args.tokenizer), place
+
+
+def check_vocabulary(model: CausalLM, tokenizer: TextTokenizer | MuLawTokenizer) -> None:
+    """Raise ValueError for a tokenizer with ids that the model does not know."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, but the model knows {model.config.vocab_size}; "
             "give the tokenizer that it was trained with by --tokenizer"
         )
-    if args.adapter is not None:
-        load_adapter(model, expand_path(args.adapter, "--adapter"))
+
+
+def open_text_model(args: argparse.Namespace) -> tuple[CausalLM, TextTokenizer, str]:
+    """As `open_model`, for commands on texts alone."""
+    model, tokenizer, place = open_model(args)
+    check_vocabulary(model, tokenizer)
+    if isinstance(tokenizer, MuLawTokenizer):
+        raise ValueError(f"--model is {place}, a model of waveforms, expected one of texts")
     return model, tokenizer, place
 
 
-def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer:
+def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer | MuLawTokenizer:
     """The tokenizer that `spec` means, or with None the one kept with the model at `model`.
 
     That is the `tokenizer.json` in the model's folder or repository, beside a .ckpt file or in its run's
@@ -75,7 +93,8 @@ def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer:
             raise ValueError(
                 '--tokenizer is "char", which is made from a text; give the tokenizer.json of the run'
             )
-        return build_tokenizer(spec)
+        named = expand_path(spec, "--tokenizer")
+        return load_tokenizer(named) if named.exists() else build_tokenizer(spec)
     place = Path(model)
     if not place.exists():
         place = locate(model)  # a repository's files, which are in the local cache by now
@@ -93,7 +112,7 @@ def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer:
     )
 
 
-def _stored_tokenizer(place: Path) -> TextTokenizer | None:
+def _stored_tokenizer(place: Path) -> TextTokenizer | MuLawTokenizer | None:
     """The tokenizer in the checkpoint at `place`, a .ckpt file or a run's folder; None without one."""
     try:
         file = locate(place)

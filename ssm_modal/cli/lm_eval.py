@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ssm_modal.cli.language_model import add_model_arguments, open_model
+from ssm_modal.cli.language_model import add_model_arguments, open_text_model
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.text import expand_path
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             f"--tasks is {args.tasks!r}: {', '.join(unknown) or 'nothing'} is no task of the harness "
             "(lm_eval ls tasks lists them; --include-path adds your own)"
         )
-    model, tokenizer, place = open_model(args)
+    model, tokenizer, place = open_text_model(args)
     results = simple_evaluate(
         model=HarnessModel(model, tokenizer, batch_size=args.batch_size, segment=args.segment),
         tasks=tasks,

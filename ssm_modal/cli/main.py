@@ -20,10 +20,15 @@ TRAINING = {
     "predict": "run a checkpoint over the data and keep what it says",
 }
 BESIDE = {
-    "generate": "continue a text with a trained model",
+    "generate": "continue a text with a trained model, or write WAV files with one of waveforms",
     "chat": "talk with a model that was tuned to, through its tokenizer's chat template",
     "evaluate": "measure a language model's perplexity on text files of any length",
     "lm-eval": "run tasks of lm-evaluation-harness on a language model",
+    "score": "score variants of a genome (VCF or table) by a language model of DNA",
+    "mutate": "the effect of every substitution in a region: table, track and picture",
+    "embed": "embeddings of sequences of any length, by record, window or position",
+    "tracks": "per-base likelihood or coverage along a region: bedGraph and picture",
+    "stream": "classify a recording chunk by chunk, with the time that each takes",
     "convert": "write a model in another format: this package's, transformers', state-spaces'",
     "memory": "print what registered models take: weights, state and KV cache by length",
     "explain": "show which input positions drove a model's decision",

@@ -11,7 +11,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `sampling_config` reads."""
     defaults = GenerationConfig()
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add at most (%(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help="tokens to add to a text at most (256)")
     add(
         "--temperature",
         type=float,
@@ -53,14 +53,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         metavar="N",
-        help="the same seed gives the same text; default: a new one each time",
+        help="the same seed gives the same again; default: a new one each time",
     )
 
 
 def sampling_config(args: argparse.Namespace, *, eos_id: int | None = None) -> GenerationConfig:
     """The settings that the options say; raises the error that names a wrong one."""
     return GenerationConfig(
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=256 if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,

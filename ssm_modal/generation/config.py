@@ -23,14 +23,15 @@ class GenerationConfig:
     stop: texts that end a row; they and all behind them are cut from its text. Needs a tokenizer.
     eos_id: the token that ends a row; None: the tokenizer's, if one is given and has one.
     stop_at_eos: whether that token ends a row at all.
+    suppress_tokens: ids that are never chosen.
     seed: row i draws from a generator of its own, seeded with seed + i, so no row depends on the others; None
         takes a fresh seed from torch's global generator.
     prefill_tokens: prompt tokens read at once, of all rows together; bounds the memory that long prompts
         take.
     cuda_graph: on CUDA, run a decode step as one graph; False launches its kernels one by one, for debugging.
 
-    The order is: penalty, temperature, top-k, top-p, min-p. Raises TypeError or ValueError naming the
-    setting.
+    The order is: suppressed tokens, penalty, temperature, top-k, top-p, min-p. Raises TypeError or ValueError
+    naming the setting.
     """
 
     max_new_tokens: int = 128
@@ -42,6 +43,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     eos_id: int | None = None
     stop_at_eos: bool = True
+    suppress_tokens: tuple[int, ...] = ()
     seed: int | None = None
     prefill_tokens: int = 8192
     cuda_graph: bool = True
@@ -65,6 +67,9 @@ class GenerationConfig:
                 raise ValueError("stop holds an empty string, expected texts of at least one character")
         if self.eos_id is not None:
             _whole("eos_id", self.eos_id, 0)
+        object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
+        for token in self.suppress_tokens:
+            _whole("suppress_tokens", token, 0)
         if self.seed is not None:
             _whole("seed", self.seed, 0)
             if self.seed >= 1 << 62:

@@ -15,6 +15,7 @@ from ssm_modal.generation.sampling import choose
 from ssm_modal.state import State
 
 GRAPH_FROM = 8  # tokens from which on capturing a graph is worth the few steps it takes
+DRAWS = 64  # random numbers of a row that are drawn and moved to the device at once
 BLOCK = 32  # tokens taken between two looks of the host, where it need not look at each
 
 
@@ -44,9 +45,14 @@ class Decoder:
         self._logits: Tensor | None = logits  # of the prompts, until the first token is chosen
         self._generators = generators
         device = logits.device
-        self.fixed = config.cuda_graph and can_capture(device) and config.max_new_tokens >= GRAPH_FROM
+        hidden = [token for token in config.suppress_tokens if token < limit]
+        self._suppressed = torch.tensor(hidden, dtype=torch.int64, device=device) if hidden else None
+        alike = getattr(getattr(model, "backbone", None), "steps_alike", False)
+        worth = config.cuda_graph and config.max_new_tokens >= GRAPH_FROM
+        self.fixed = worth and alike and can_capture(device)
         self.state = state.reserve(config.max_new_tokens) if self.fixed else state
         self._make_buffers(BLOCK if self.fixed else 1, device)
+        self._drawn = torch.zeros(len(self.rows), 0, dtype=torch.float64, device=device)
         self._graph: Callable[[], None] | None = None
         self._tokens = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
 
@@ -68,9 +74,7 @@ class Decoder:
         them has not been read by the model yet."""
         self._at.zero_()
         if self._uniform is not None:
-            own = [self._generators[row] for row in self.rows]
-            draws = torch.stack([torch.rand(n, dtype=torch.float64, generator=g) for g in own])
-            self._uniform[:, :n].copy_(draws, non_blocking=True)
+            self._uniform[:, :n] = self._draw(n)
         for _ in range(n):
             if self._logits is not None:
                 self._choose(self._logits)
@@ -79,6 +83,15 @@ class Decoder:
                 self._advance()
         return self._taken[:, :n].tolist()
 
+    def _draw(self, n: int) -> Tensor:
+        """(rows, n): the next numbers of each row's own generator."""
+        if self._drawn.shape[1] < n:
+            own = [self._generators[row] for row in self.rows]
+            more = torch.stack([torch.rand(DRAWS, dtype=torch.float64, generator=g) for g in own])
+            self._drawn = torch.cat([self._drawn, more.to(self._drawn.device)], dim=1)
+        out, self._drawn = self._drawn[:, :n], self._drawn[:, n:]
+        return out
+
     def keep(self, places: list[int]) -> None:
         """Go on with these places of `rows` alone; nothing where the rows are fixed."""
         if self.fixed:
@@ -86,6 +99,7 @@ class Decoder:
         index = torch.tensor(places, device=self._tokens.device)
         self.state, self._tokens = self.state.select(index), self._tokens[index]
         self.seen = None if self.seen is None else self.seen[index]
+        self._drawn = self._drawn[index]
         self.rows = [self.rows[at] for at in places]
         self._make_buffers(self.most, self._tokens.device)
 
@@ -105,7 +119,10 @@ class Decoder:
     def _choose(self, logits: Tensor) -> None:
         at = self._at.expand(len(self.rows), 1)
         uniform = None if self._uniform is None else self._uniform.gather(1, at).squeeze(1)
-        chosen = choose(logits[:, : self.limit], self.config, uniform, self.seen)
+        logits = logits[:, : self.limit]
+        if self._suppressed is not None:
+            logits = logits.index_fill(-1, self._suppressed, -torch.inf)
+        chosen = choose(logits, self.config, uniform, self.seen)
         self._taken.scatter_(1, at, chosen[:, None])
         self._at.add_(1)
         # A row without a token ends the run once the host sees it; until then the model reads id 0 for it.

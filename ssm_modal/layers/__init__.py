@@ -5,6 +5,7 @@ from ssm_modal.layers.attention import Attention, AttentionConfig, AttentionStat
 from ssm_modal.layers.bidirectional import Bidirectional, BidirectionalConfig
 from ssm_modal.layers.config import Config
 from ssm_modal.layers.feed_forward import FeedForward, FeedForwardConfig
+from ssm_modal.layers.filterbank import FilterbankConfig
 from ssm_modal.layers.inputs import (
     IdsConfig,
     InputConfig,
@@ -18,7 +19,7 @@ from ssm_modal.layers.mlp import MLP, MLPConfig
 from ssm_modal.layers.moe import MoE, MoEConfig, collect_routing, load_balancing_loss
 from ssm_modal.layers.norm import RMSNorm
 from ssm_modal.layers.reverse_complement import Strands, StrandsConfig
-from ssm_modal.layers.s4d import S4D, S4DConfig, S4DState
+from ssm_modal.layers.s4d import S4D, S4DConfig, S4DState, set_time_step_scale
 
 __all__ = [
     "Attention",
@@ -29,6 +30,7 @@ __all__ = [
     "Config",
     "FeedForward",
     "FeedForwardConfig",
+    "FilterbankConfig",
     "IdsConfig",
     "InputConfig",
     "MLP",
@@ -52,4 +54,5 @@ __all__ = [
     "build_mixer",
     "collect_routing",
     "load_balancing_loss",
+    "set_time_step_scale",
 ]

@@ -227,9 +227,7 @@ class StridedWaveformInput(InputLayer):
     ) -> tuple[Tensor, Sequences | None, StridedState]:
         check_waveform(type(self).__name__, x)
         kernel, stride = self.config.kernel, self.config.stride
-        batch, length = x.shape
-        given = seqs if seqs is not None else Sequences.from_lengths([length] * batch or [0], x.device)
-        rows = given.n if seqs is not None else batch
+        rows = x.shape[0] if seqs is None else seqs.n
         if state is None:
             state = self.init_state(rows, device=x.device, dtype=x.dtype)
             waits = [0] * rows
@@ -244,24 +242,36 @@ class StridedWaveformInput(InputLayer):
                 f"{type(self).__name__}: the rows of the state stand at different places in their stride; "
                 "pack their chunks end to end with seqs"
             )
-        steps = [max(0, -(-(n - wait) // stride)) for n, wait in zip(given.lengths, waits)]
+        if seqs is None:
+            return self._unpacked(x, state, waits[0] if waits else 0)
+        steps = [max(0, -(-(n - wait) // stride)) for n, wait in zip(seqs.lengths, waits)]
         # Zeros or leftover samples of every row, then what was given: a window reads from both.
         source = torch.cat([state.past.to(x.dtype).flatten(), x.flatten()])
-        first = given.cu_seqlens[:rows] + rows * (kernel - 1)
+        first = seqs.cu_seqlens[:rows] + rows * (kernel - 1)
         last, row = _window_ends(steps, waits, stride, x.device)
         window = torch.arange(1 - kernel, 1, device=x.device)
         index = _places(last[:, None] + window, row[:, None], first, kernel)
         out = self._embed(source[index])
-        ends = torch.tensor(given.lengths[:rows], dtype=torch.int64).to(x.device)
+        ends = torch.tensor(seqs.lengths[:rows], dtype=torch.int64).to(x.device)
         every = torch.arange(rows, device=x.device)[:, None]
         past = source[_places(ends[:, None] + window[:-1], every, first, kernel)]
         new = StridedState(past, state.seen + ends)
-        if seqs is None:
-            return out.view(batch, steps[0] if steps else 0, out.shape[-1]), None, new
         return out.unsqueeze(0), Sequences.from_lengths(steps, x.device), new
 
+    def _unpacked(
+        self, x: Tensor, state: StridedState, wait: int
+    ) -> tuple[Tensor, Sequences | None, StridedState]:
+        """As `forward` for rows that all stand `wait` samples before their next vector's last one."""
+        kernel, stride = self.config.kernel, self.config.stride
+        source = torch.cat([state.past.to(x.dtype), x], 1)
+        if x.shape[1] > wait:
+            out = self._embed(source[:, wait:].unfold(1, kernel, stride))
+        else:
+            out = self.proj.weight.new_zeros(x.shape[0], 0, self.proj.out_features)
+        return out, None, StridedState(source[:, x.shape[1] :].clone(), state.seen + x.shape[1])
+
     def _embed(self, windows: Tensor) -> Tensor:
-        """(vectors, kernel) samples to (vectors, d_model)."""
+        """(..., kernel) samples to (..., d_model)."""
         windows = windows.to(self.conv.weight.dtype) * self.config.scale
         return self.proj(F.gelu(self.conv(windows)))
 

@@ -20,6 +20,7 @@ from ssm_modal.kernels.checks import complex_dtype, state_dtype
 from ssm_modal.kernels.lti import lti_scan, lti_scan_step
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
+from ssm_modal.layers.inputs import StridedWaveformInput
 from ssm_modal.layers.mixer import ROW_CHUNK, Mixer, MixerConfig, check_input, check_state, outward
 from ssm_modal.layers.wide import WideParameters
 from ssm_modal.state import State
@@ -74,6 +75,8 @@ class S4D(Mixer, WideParameters):
     Parameters: log_dt (d_inner,), A_log = log(-Re A) and A_imag (d_inner, d_state), C (d_inner, d_state, 2)
     as real and imaginary parts, D (d_inner,). B is one: only its product with C matters. Complex numbers are
     stored as real tensors, so that casts, optimisers and safetensors know what to do.
+
+    Attributes: dt_scale, what exp(log_dt) is multiplied by, 1.0 unless `set_time_step_scale` changed it.
     """
 
     state_type = S4DState
@@ -86,6 +89,7 @@ class S4D(Mixer, WideParameters):
         self.d_model = d_model
         self.d_inner = config.expand * d_model
         self.d_state = config.d_state
+        self.dt_scale = 1.0
         glu = config.output == "glu"
         self.in_proj: nn.Linear | None = None
         if not glu or config.expand != 1:
@@ -193,7 +197,7 @@ class S4D(Mixer, WideParameters):
         wide = state_dtype(dtype)
         A = torch.complex(-torch.exp(self.A_log.to(wide)), self.A_imag.to(wide))
         C = torch.view_as_complex(self.C.to(wide).contiguous())
-        return torch.exp(self.log_dt.to(wide)), A, torch.ones_like(A), C, self.D.to(wide)
+        return torch.exp(self.log_dt.to(wide)) * self.dt_scale, A, torch.ones_like(A), C, self.D.to(wide)
 
     def _step(self, u: Tensor, z: Tensor | None, state: S4DState) -> tuple[Tensor, S4DState]:
         dt, A, B, C, D = self._coefficients(u.dtype)
@@ -216,3 +220,29 @@ class S4D(Mixer, WideParameters):
         y, new = self._step(u, z, state)
         state.ssm.copy_(new.ssm)
         return self.project_out(y).unsqueeze(1)
+
+
+def set_time_step_scale(model: nn.Module, scale: float) -> None:
+    """Run a trained model on signals of another sample rate, without training it again.
+
+    scale: the rate it was trained at divided by that of the signals: 2.0 for every second sample. The time
+    step of every S4D layer is multiplied by it, so that the layers stay the same systems in continuous time
+    (S4D, arXiv 2206.11893, section 3; the input held between samples). The weights are left as they are; 1.0
+    undoes it. A model of which any other layer knows about neighbouring steps would not be the same system.
+
+    Raises ValueError for a scale that is not above 0 and for a model with a mixer that is not S4D, or with a
+    strided input layer.
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}, expected more than 0")
+    layers = [module for module in model.modules() if isinstance(module, S4D)]
+    others = {type(m).__name__ for m in model.modules() if isinstance(m, Mixer) and not isinstance(m, S4D)}
+    others |= {type(m).__name__ for m in model.modules() if isinstance(m, StridedWaveformInput)}
+    if others or not layers:
+        have = ", ".join(sorted(others)) or "no S4D layer"
+        raise ValueError(
+            f"the model has {have}, expected S4D layers alone behind an input of single samples: their time "
+            "step is what can be rescaled"
+        )
+    for layer in layers:
+        layer.dt_scale = float(scale)

@@ -9,6 +9,7 @@ from ssm_modal.models.memory import ModelMemory, memory_table, model_memory
 from ssm_modal.models.registry import create_model, list_models, model_config, register_model
 from ssm_modal.models.sequence_cnn import SequenceCNN, SequenceCNNConfig
 from ssm_modal.models.vision import VisionMambaConfig
+from ssm_modal.models.waveform_cnn import WaveformCNN, WaveformCNNConfig
 
 __all__ = [
     "CausalLM",
@@ -24,6 +25,8 @@ __all__ = [
     "SequenceClassifier",
     "SequenceClassifierConfig",
     "VisionMambaConfig",
+    "WaveformCNN",
+    "WaveformCNNConfig",
     "builders",
     "create_model",
     "image_builders",

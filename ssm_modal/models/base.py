@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssm_modal.backbone import Backbone, BackboneConfig
+from ssm_modal.backbone import BackboneBase, BackboneBaseConfig
 from ssm_modal.io.atomic import put_in_place, write_aside
 from ssm_modal.layers.config import Config
 from ssm_modal.layers.quantized import is_quantized
@@ -28,7 +28,7 @@ class ModelConfig(Config):
     """Base of the models' configs: a `backbone` beside what the model adds."""
 
     @property
-    def backbone_config(self) -> BackboneConfig:
+    def backbone_config(self) -> BackboneBaseConfig:
         """The config of the model's backbone."""
         raise NotImplementedError(f"{type(self).__name__} has no backbone")
 
@@ -41,7 +41,7 @@ class Model(nn.Module):
     """Base of all models: a plain module with a `config` and a `backbone`."""
 
     config: ModelConfig
-    backbone: Backbone
+    backbone: BackboneBase
 
     @property
     def token_embedding(self) -> nn.Embedding | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ssm_modal.backbone import BackboneConfig
+from ssm_modal.backbone import BackboneConfig, SashimiConfig, WaveNetConfig
 from ssm_modal.layers import (
     AttentionConfig,
     BidirectionalConfig,
+    FilterbankConfig,
     IdsConfig,
     MambaConfig,
     MLPConfig,
@@ -26,6 +27,7 @@ from ssm_modal.models.classifier import SequenceClassifierConfig
 from ssm_modal.models.masked_lm import MaskedLMConfig
 from ssm_modal.models.registry import register_model
 from ssm_modal.models.sequence_cnn import SequenceCNNConfig
+from ssm_modal.models.waveform_cnn import WaveformCNNConfig
 from ssm_modal.tokenizers.dna import NucleotideTokenizer
 
 _NUCLEOTIDES = NucleotideTokenizer().vocab_size
@@ -67,6 +69,33 @@ def hybrid_lm() -> CausalLMConfig:
     )
 
 
+def _waveforms(backbone: SashimiConfig | WaveNetConfig) -> CausalLMConfig:
+    """Over mu-law ids, begin and end and the begin ids of ten classes; the embedding as large as what the
+    stages add to it."""
+    return CausalLMConfig(vocab_size=268, backbone=backbone, tie_embeddings=False, embedding_std=1.0)
+
+
+@register_model
+def sashimi_lm() -> CausalLMConfig:
+    """Waveforms: S4D at every sample, Mamba at every 4th and 16th."""
+    return _waveforms(SashimiConfig(d_model=80, n_layers=(4, 2), stage_expand=1.0))
+
+
+@register_model
+def sashimi_lm_s4d() -> CausalLMConfig:
+    """sashimi_lm with S4D in every stage, of its size."""
+    inner = S4DConfig(expand=2, d_state=16)
+    return _waveforms(
+        SashimiConfig(d_model=80, n_layers=(4, 2), stage_expand=1.0, mixer=(S4DConfig(expand=1), inner))
+    )
+
+
+@register_model
+def wavenet_lm() -> CausalLMConfig:
+    """The convolutional baseline for waveforms, of sashimi_lm's size at 7 / 10 of its d_model."""
+    return _waveforms(WaveNetConfig(d_model=56, d_skip=64))
+
+
 @register_model
 def audio_classifier() -> SequenceClassifierConfig:
     """Ten classes of waveforms at 8 or 16 kHz: a strided front end under Mamba in both directions."""
@@ -100,6 +129,26 @@ def audio_classifier_s4d() -> SequenceClassifierConfig:
             d_model=64, n_layers=4, mixer=S4DConfig(), bidirectional=BidirectionalConfig()
         ),
     )
+
+
+@register_model
+def audio_classifier_filterbank() -> SequenceClassifierConfig:
+    """Ten classes of waveforms at 8 kHz: log energies of learned filters every 10 ms under Mamba in both
+    directions."""
+    return SequenceClassifierConfig(
+        n_classes=10,
+        input=FilterbankConfig(),
+        backbone=BackboneConfig(
+            d_model=64, n_layers=4, mixer=MambaConfig(), dropout=0.1, bidirectional=BidirectionalConfig()
+        ),
+        head_dropout=0.2,
+    )
+
+
+@register_model
+def waveform_cnn() -> WaveformCNNConfig:
+    """Ten classes of waveforms at 8 kHz: the plain convolutional baseline."""
+    return WaveformCNNConfig(n_classes=10)
 
 
 @register_model
@@ -171,6 +220,12 @@ def caduceus_ph_classifier() -> SequenceClassifierConfig:
 def dna_classifier() -> SequenceClassifierConfig:
     """Two classes of DNA read on the strand given alone: the plain model beside caduceus_ps_classifier."""
     return _dna_classifier()
+
+
+@register_model
+def dna_classifier_s4d() -> SequenceClassifierConfig:
+    """The time-invariant baseline, of dna_classifier's size at the same d_model and n_layers."""
+    return _dna_classifier().with_overrides({"backbone.mixer": S4DConfig()})
 
 
 @register_model

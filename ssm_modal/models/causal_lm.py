@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssm_modal.backbone import Backbone, BackboneConfig, BackboneState
+from ssm_modal.backbone import BackboneBaseConfig, BackboneConfig
 from ssm_modal.errors import ConfigError
 from ssm_modal.heads.language import LanguageHead
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
 from ssm_modal.layers.inputs import check_ids
 from ssm_modal.models.base import Model, ModelConfig
+from ssm_modal.state import State
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class CausalLMConfig(ModelConfig):
 
     type: ClassVar[str] = "causal_lm"
     vocab_size: int
-    backbone: BackboneConfig
+    backbone: BackboneBaseConfig
     tie_embeddings: bool = True
     pad_vocab_multiple: int = 1
     embedding_std: float = 0.02
@@ -35,18 +36,22 @@ class CausalLMConfig(ModelConfig):
         name = "CausalLMConfig"
         check_positive(name, vocab_size=self.vocab_size, pad_vocab_multiple=self.pad_vocab_multiple)
         check_positive(name, embedding_std=self.embedding_std)
-        if self.backbone.bidirectional is not None:
-            raise ConfigError(
-                f"{name}: backbone.bidirectional is set, but a causal model may not see the future"
-            )
-        for i in range(self.backbone.n_layers):
-            if getattr(self.backbone.mixer_of(i), "causal", True) is False:
-                raise ConfigError(
-                    f"{name}: the mixer of layer {i} has causal=False; a causal model may not see the future"
-                )
+        why = self.backbone.sees_the_future()
+        if why is not None:
+            raise ConfigError(f"{name}: {why}; a causal model may not see the future")
 
     @property
-    def backbone_config(self) -> BackboneConfig:
+    def backbone_config(self) -> BackboneBaseConfig:
+        return self.backbone
+
+    @property
+    def stack(self) -> BackboneConfig:
+        """The backbone where it is a plain stack of blocks, the one kind that published formats have.
+
+        Raises ConfigError for another one.
+        """
+        if not isinstance(self.backbone, BackboneConfig):
+            raise ConfigError(f"CausalLMConfig: the backbone is {self.backbone.type!r}, expected 'backbone'")
         return self.backbone
 
     def build(self) -> CausalLM:
@@ -68,7 +73,7 @@ class CausalLM(Model):
         rows = -(-config.vocab_size // multiple) * multiple
         d_model = config.backbone.d_model
         self.embedding = nn.Embedding(rows, d_model)
-        self.backbone = Backbone(config.backbone)
+        self.backbone = config.backbone.build()
         tied = self.embedding if config.tie_embeddings else None
         self.head = LanguageHead(d_model, config.vocab_size, rows=rows, embedding=tied)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
@@ -78,8 +83,8 @@ class CausalLM(Model):
         return self.embedding
 
     def forward(
-        self, ids: Tensor, state: BackboneState | None = None, *, seqs: Sequences | Tensor | None = None
-    ) -> tuple[Tensor, BackboneState | None]:
+        self, ids: Tensor, state: State | None = None, *, seqs: Sequences | Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
         """ids: (batch, length) int64 or int32, or (1, total) packed by `seqs`, a `Sequences` or cu_seqlens
         (sequences + 1,). state: what an earlier call returned, or None; it is left untouched.
 
@@ -93,8 +98,8 @@ class CausalLM(Model):
         return self.logits(hidden), state
 
     def hidden(
-        self, ids: Tensor, state: BackboneState | None = None, *, seqs: Sequences | Tensor | None = None
-    ) -> tuple[Tensor, BackboneState | None]:
+        self, ids: Tensor, state: State | None = None, *, seqs: Sequences | Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
         """As `forward`, without the head: (backbone output (batch, length, d_model), new state).
 
         With `logits`, a loss over few positions computes logits at those alone: `model.logits(hidden[labels
@@ -109,12 +114,12 @@ class CausalLM(Model):
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> BackboneState:
+    ) -> State:
         """The state before the first token for `batch` rows; device and dtype default to the parameters'."""
         return self.backbone.init_state(batch, device=device, dtype=dtype)
 
     @torch.no_grad()
-    def step_(self, ids: Tensor, state: BackboneState) -> Tensor:
+    def step_(self, ids: Tensor, state: State) -> Tensor:
         """One token a row: ids (batch, 1) to logits (batch, 1, vocab_size); `state` is changed in place."""
         self._check_ids(ids)
         if ids.shape[1] != 1:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ssm_modal.backbone import Backbone, BackboneConfig, BackboneState
+from ssm_modal.backbone import BackboneBaseConfig
 from ssm_modal.errors import ConfigError, StateError
 from ssm_modal.heads.classification import ClassificationHead, Pooling, PoolingState
 from ssm_modal.kernels.sequences import Sequences
@@ -43,7 +43,7 @@ class SequenceClassifierConfig(ModelConfig):
 
     type: ClassVar[str] = "sequence_classifier"
     n_classes: int
-    backbone: BackboneConfig
+    backbone: BackboneBaseConfig
     input: InputConfig = field(default_factory=StridedWaveformConfig)
     pooling: Pooling = "mean"
     head_dropout: float = 0.0
@@ -75,7 +75,7 @@ class SequenceClassifierConfig(ModelConfig):
         return self.backbone.causal
 
     @property
-    def backbone_config(self) -> BackboneConfig:
+    def backbone_config(self) -> BackboneBaseConfig:
         return self.backbone
 
     def build(self) -> SequenceClassifier:
@@ -88,7 +88,7 @@ class ClassifierState(State):
     none), the backbone's state and what has been pooled."""
 
     front: StridedState | None
-    backbone: BackboneState
+    backbone: State
     pooled: PoolingState
 
 
@@ -106,7 +106,7 @@ class SequenceClassifier(Model):
         self.config = config
         d_model = config.backbone.d_model
         self.input = config.input.build(d_model)
-        self.backbone = Backbone(config.backbone)
+        self.backbone = config.backbone.build()
         self.strands = None
         if config.strands is not None and isinstance(config.input, IdsConfig):
             self.strands = Strands(config.strands, config.input.vocab_size)
@@ -161,7 +161,7 @@ class SequenceClassifier(Model):
         if vectors.shape[1] == 0 and self.backbone.has_state:
             # A chunk that completes no vector, or nothing at all: every state stays.
             rows = steps.n if steps is not None else vectors.shape[0]
-            after: BackboneState | None = before or self.backbone.init_state(rows, device=x.device)
+            after: State | None = before or self.backbone.init_state(rows, device=x.device)
             hidden = vectors
         else:
             hidden, after = self.backbone(vectors, before, seqs=steps)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ssm_modal.backbone import Backbone, BackboneConfig
+from ssm_modal.backbone import BackboneBaseConfig
 from ssm_modal.errors import ConfigError, StateError
 from ssm_modal.heads.language import LanguageHead
 from ssm_modal.kernels.sequences import Sequences
@@ -31,7 +31,7 @@ class MaskedLMConfig(ModelConfig):
 
     type: ClassVar[str] = "masked_lm"
     vocab_size: int
-    backbone: BackboneConfig
+    backbone: BackboneBaseConfig
     strands: StrandsConfig | None = None
     tie_embeddings: bool = True
     pad_vocab_multiple: int = 1
@@ -49,7 +49,7 @@ class MaskedLMConfig(ModelConfig):
             )
 
     @property
-    def backbone_config(self) -> BackboneConfig:
+    def backbone_config(self) -> BackboneBaseConfig:
         return self.backbone
 
     def build(self) -> MaskedLM:
@@ -74,7 +74,7 @@ class MaskedLM(Model):
         d_model = config.backbone.d_model
         self.strands = None if config.strands is None else Strands(config.strands, config.vocab_size)
         self.embedding = nn.Embedding(rows, d_model)
-        self.backbone = Backbone(config.backbone)
+        self.backbone = config.backbone.build()
         tied = self.embedding if config.tie_embeddings else None
         self.head = LanguageHead(d_model, config.vocab_size, rows=rows, embedding=tied)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssm_modal.backbone import Block
+from ssm_modal.backbone import BackboneBase
+from ssm_modal.errors import StateError
 from ssm_modal.layers import Attention
 from ssm_modal.models.base import Model, ModelConfig
 from ssm_modal.models.registry import model_config
@@ -47,17 +48,17 @@ def model_memory(
     if length < 0 or batch < 0:
         raise ValueError(f"model_memory: length is {length} and batch {batch}, expected 0 or more")
     model = _model(config, dtype)
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, BackboneBase) or not backbone.has_state:
+        raise StateError(f"model_memory: {type(config).__name__} describes a model that carries no state")
     parameters = list(model.parameters())
-    state = cache = 0
-    for block in model.backbone.layers:
-        assert isinstance(block, Block)
-        mixer = block.mixer
+    state, cache = _bytes(backbone.init_state(batch, dtype=dtype).tensors()), 0
+    for mixer in backbone.modules():
         if isinstance(mixer, Attention):
+            state -= _bytes(mixer.init_state(batch, dtype=dtype).tensors())
             slots = mixer.init_state(batch, dtype=dtype, capacity=length)
             cache += _bytes([slots.key, slots.value])
             state += _bytes([slots.lengths])
-        else:
-            state += _bytes(mixer.init_state(batch, dtype=dtype).tensors())
     return ModelMemory(sum(p.numel() for p in parameters), _bytes(parameters), state, cache)
 
 

@@ -17,6 +17,7 @@ from ssm_modal.tokenizers.base import KIND, StreamDecoder, TextTokenizer
 from ssm_modal.tokenizers.dna import NucleotideTokenizer
 from ssm_modal.tokenizers.huggingface import HuggingFaceTokenizer
 from ssm_modal.tokenizers.kmers import KmerTokenizer
+from ssm_modal.tokenizers.waveform import MuLawTokenizer
 
 _SPECIALS = ("eos", "pad")
 _CODE_POINTS = 0x110000
@@ -163,8 +164,9 @@ class _CharStream(StreamDecoder):
         return ""
 
 
-def tokenizer_from_config(config: dict[str, Any]) -> TextTokenizer:
-    """The tokenizer whose `to_config` gave `config`, or that of a Hugging Face `tokenizer.json`'s content."""
+def tokenizer_from_config(config: dict[str, Any]) -> TextTokenizer | MuLawTokenizer:
+    """The tokenizer, of text or of waveforms, whose `to_config` gave `config`, or that of a Hugging Face
+    `tokenizer.json`'s content."""
     if not isinstance(config, dict):
         raise TypeError(f"config must be a dict, got {type(config).__name__}")
     if KIND not in config:
@@ -180,6 +182,7 @@ def tokenizer_from_config(config: dict[str, Any]) -> TextTokenizer:
         "huggingface": {"tokenizer", "eos_token"},
         "nucleotide": set(),
         "kmer": {"k", "overlapping"},
+        "mu_law": {"levels", "classes", "sample_rate"},
     }
     if kind not in fields:
         raise ValueError(f"{KIND} is {kind!r}, expected one of {sorted(fields)}")
@@ -190,6 +193,8 @@ def tokenizer_from_config(config: dict[str, Any]) -> TextTokenizer:
         return ByteTokenizer(config.get("specials", ()))
     if kind == "nucleotide":
         return NucleotideTokenizer()
+    if kind == "mu_law":
+        return MuLawTokenizer.from_config(config)
     if kind == "kmer":
         return KmerTokenizer(config.get("k", 6), config.get("overlapping", False))
     needed = "characters" if kind == "char" else "tokenizer"
@@ -201,7 +206,7 @@ def tokenizer_from_config(config: dict[str, Any]) -> TextTokenizer:
     return HuggingFaceTokenizer.from_json(content, eos_token=config.get("eos_token"), guess_eos=False)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
+def load_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer | MuLawTokenizer:
     """The tokenizer in the file `path`, or in `tokenizer.json` of the folder `path`.
 
     Reads what `save` wrote and any Hugging Face `tokenizer.json`. Raises FileNotFoundError when there is
@@ -226,12 +231,13 @@ def build_tokenizer(
 
     spec: "byte"; "byte+eos" (id 256 ends each document); "char" (the characters of `text`, pieces of the text
     to be encoded, needed here alone); "nucleotide"; the path of a tokenizer file or of a folder holding
-    `tokenizer.json`; a config as `to_config` gives; or a tokenizer, returned as it is.
+    `tokenizer.json`; a config as `to_config` gives; or a tokenizer, returned as it is. Raises ValueError for
+    the tokenizer of waveforms.
     """
     if isinstance(spec, TextTokenizer):
         return spec
     if isinstance(spec, dict):
-        return tokenizer_from_config(spec)
+        return _text(tokenizer_from_config(spec), "the config given")
     if not isinstance(spec, (str, Path)):
         raise TypeError(f"tokenizer must be a name, a path or a config, got {type(spec).__name__}")
     if spec == "byte":
@@ -249,4 +255,10 @@ def build_tokenizer(
             f'tokenizer is {str(spec)!r}, expected "byte", "byte+eos", "char", "nucleotide" or the path of '
             "a tokenizer.json"
         )
-    return load_tokenizer(spec)
+    return _text(load_tokenizer(spec), str(spec))
+
+
+def _text(tokenizer: TextTokenizer | MuLawTokenizer, what: str) -> TextTokenizer:
+    if isinstance(tokenizer, MuLawTokenizer):
+        raise ValueError(f"tokenizer is that of waveforms ({what}), expected one of text")
+    return tokenizer

@@ -21,7 +21,12 @@ _MU = _LEVELS - 1.0
 
 
 class MuLawTokenizer:
-    """Samples to ids 0 ... 255 by mu-law companding (mu = 255), begin_id 256 and end_id 257 beyond them.
+    """Samples to ids 0 ... 255 by mu-law companding (mu = 255), begin_id 256 and end_id 257 beyond them, and
+    behind those one id for each of `classes`, in their order, that begins a recording of that class.
+
+    A model conditional on a label is one whose recordings begin with their class's id: nothing else differs,
+    and what it generates behind that id is of that class. sample_rate: frames a second of what the ids stand
+    for, None where it is not known.
 
     The ids are those of `torchaudio.functional.mu_law_encoding`; the scale is fixed: 1 is full scale, silence
     is id 128. Offers what a `TextTokenizer` does as far as a waveform has it (`vocab_size`, `eos_id`,
@@ -32,7 +37,32 @@ class MuLawTokenizer:
     begin_id = _LEVELS
     end_id = _LEVELS + 1
     eos_id = end_id
-    vocab_size = _LEVELS + 2
+
+    def __init__(self, classes: Sequence[str] = (), sample_rate: int | None = None) -> None:
+        if isinstance(classes, str) or not all(isinstance(c, str) for c in classes):
+            raise TypeError(f"classes is {classes!r}, expected a list of names")
+        if len(set(classes)) != len(classes):
+            raise ValueError(f"classes is {list(classes)}, expected each name once")
+        if sample_rate is not None and (
+            isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1
+        ):
+            raise ValueError(f"sample_rate is {sample_rate!r}, expected 1 or more frames a second, or None")
+        self.classes = tuple(classes)
+        self.sample_rate = sample_rate
+        self.vocab_size = _LEVELS + 2 + len(self.classes)
+
+    def begin_id_of(self, label: str | None) -> int:
+        """The id that begins a recording of class `label`; of None: of a recording without one."""
+        if label is None:
+            return self.begin_id
+        if label not in self.classes:
+            raise ValueError(f"label is {label!r}, expected one of {', '.join(self.classes) or 'no classes'}")
+        return _LEVELS + 2 + self.classes.index(label)
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """Every id that begins a recording, none of which may follow a sample."""
+        return (self.begin_id, *(self.begin_id_of(label) for label in self.classes))
 
     def encode(self, waveform: Tensor) -> Tensor:
         """The ids of `waveform` (...) of a floating dtype: int64 of the same shape, no special ids added.
@@ -50,11 +80,12 @@ class MuLawTokenizer:
         companded = torch.sign(wave) * torch.log1p(mu * wave.abs()) / torch.log1p(mu)
         return ((companded + 1) / 2 * mu + 0.5).to(torch.int64)
 
-    def encode_recording(self, waveform: Tensor) -> Tensor:
-        """The ids of a whole recording (n,): begin_id, its samples, end_id: (n + 2,) int64."""
+    def encode_recording(self, waveform: Tensor, label: str | None = None) -> Tensor:
+        """The ids of a whole recording (n,): the begin id of `label`, its samples, end_id: (n + 2,) int64."""
         if waveform.dim() != 1:
             raise ValueError(f"waveform has the shape {tuple(waveform.shape)}, expected (n,)")
-        begin, end = (torch.tensor([i], device=waveform.device) for i in (self.begin_id, self.end_id))
+        ends = self.begin_id_of(label), self.end_id
+        begin, end = (torch.tensor([i], device=waveform.device) for i in ends)
         return torch.cat([begin, self.encode(waveform), end])
 
     def decode(self, ids: Sequence[int] | Tensor) -> Tensor:
@@ -86,12 +117,17 @@ class MuLawTokenizer:
 
     def to_config(self) -> dict[str, Any]:
         """Plain JSON-like data from which `from_config` makes the same tokenizer."""
-        return {KIND: "mu_law", "levels": self.levels}
+        return {
+            KIND: "mu_law",
+            "levels": self.levels,
+            "classes": list(self.classes),
+            "sample_rate": self.sample_rate,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MuLawTokenizer:
         """The tokenizer whose `to_config` gave `config`; raises ValueError for any other content."""
-        tokenizer = cls()
+        tokenizer = cls(config.get("classes", ()), config.get("sample_rate"))
         if config != tokenizer.to_config():
             raise ValueError(f"config is {config}, expected {tokenizer.to_config()}")
         return tokenizer

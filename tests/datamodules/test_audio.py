@@ -249,9 +249,68 @@ def test_augmentation_does_what_it_says() -> None:
         ({"gain_db": -1.0}, "gain_db is -1.0"),
         ({"shift_seconds": float("nan")}, "shift_seconds is nan"),
         ({"noise_snr_db": (20.0, 10.0)}, "noise_snr_db is"),
+        ({"speed": (1.2, 0.8)}, "speed is"),
+        ({"speed": (0.0, 1.0)}, "speed is"),
+        ({"equalize_db": -2.0}, "equalize_db is -2.0"),
+        ({"mask_seconds": float("inf")}, "mask_seconds is inf"),
     ):
         with pytest.raises(ValueError, match=word):
             Augmentation(**options)  # type: ignore[arg-type]
+
+
+def test_speed_moves_duration_and_pitch_together() -> None:
+    pytest.importorskip("torchaudio")
+    tone = 0.5 * torch.sin(2 * torch.pi * 500 * torch.arange(8000) / 8000)
+    found = []
+    for i in range(30):
+        out = Augmentation(speed=(0.8, 1.25))(tone, 8000, derived_generator("speed", i))
+        factor = 8000 / out.shape[0]
+        assert 0.8 - 0.01 <= factor <= 1.25 + 0.01
+        spectrum = torch.fft.rfft(out * torch.hann_window(out.shape[0])).abs()
+        pitch = int(spectrum.argmax()) * 8000 / out.shape[0]
+        assert pitch == pytest.approx(500 * factor, abs=1.5)
+        found.append(round(factor, 2))
+    assert min(found) < 0.86
+    assert max(found) > 1.18
+    assert torch.equal(Augmentation(speed=(1.0, 1.0))(tone, 8000, derived_generator("same")), tone)
+
+
+def test_equalizing_tilts_the_spectrum_and_masking_silences_a_stretch() -> None:
+    pytest.importorskip("torchaudio")
+    impulse = torch.zeros(4096)
+    impulse[100] = 0.1
+    ranges = []
+    for i in range(20):
+        out = Augmentation(equalize_db=6.0)(impulse, 8000, derived_generator("bands", i))
+        level = 20 * (torch.fft.rfft(out).abs() / 0.1).log10()
+        assert level.abs().max() < 12.1  # two bands of 6 dB at most
+        ranges.append(float(level.max() - level.min()))
+    assert max(ranges) > 4
+    wave = torch.full((8000,), 0.5)
+    lengths = []
+    for i in range(30):
+        out = Augmentation(mask_seconds=0.1)(wave, 8000, derived_generator("mask", i))
+        (silent,) = (out == 0).nonzero(as_tuple=True)
+        lengths.append(len(silent))
+        assert torch.equal(silent, torch.arange(len(silent)) + (silent[0] if len(silent) else 0))
+    assert max(lengths) <= 800
+    assert max(lengths) > 600
+    assert min(lengths) < 200
+
+
+def test_packed_borders_follow_the_speed_and_every_second_sample(folder: Path) -> None:
+    pytest.importorskip("torchaudio")
+    data = module(folder, augment=Augmentation(speed=(0.5, 0.5)))
+    batch = data.batches("train").make_training(0, 0, 1)
+    pieces = split_packed(batch, "waveform")
+    frames = [data.clips("train")[row].frames for row in batch["recordings"].tolist()]
+    assert [piece.shape[0] for piece in pieces] == [2 * n for n in frames]
+    half = module(folder, keep_every=2)
+    assert half.sample_rate == 4000
+    batch = half.batches("train").make_training(0, 0, 1)
+    for piece, row in zip(split_packed(batch, "waveform"), batch["recordings"].tolist()):
+        assert torch.equal(piece, half.clips("train")[row].read()[::2])
+    assert 100 < batch["waveform"].shape[1] <= 200  # the budget counts what is kept
 
 
 def test_only_training_is_augmented_and_every_epoch_anew(folder: Path) -> None:
@@ -374,8 +433,14 @@ def test_bad_arguments_are_named(folder: Path) -> None:
         ({"path": None}, "path is None with source 'folder'"),
         ({"num_workers": -1}, "num_workers is -1"),
         (
+            {"layout": "windows", "input": "mu_law", "augment": Augmentation(speed=(0.9, 1.1))},
+            "augment moves samples with layout",
+        ),
+        ({"layout": "windows", "input": "mu_law", "keep_every": 2}, "keep_every is 2 with layout"),
+        ({"keep_every": 3}, "keep_every is 3, expected a divisor of sample_rate, 8000"),
+        (
             {"layout": "windows", "input": "mu_law", "augment": Augmentation(shift_seconds=0.1)},
-            "augment shifts with layout",
+            "augment moves samples with layout",
         ),
     ):
         with pytest.raises(ValueError, match=word):

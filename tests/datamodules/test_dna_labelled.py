@@ -83,6 +83,22 @@ def test_evaluation_goes_through_the_file_in_order(folder: Path) -> None:
         assert ids == [data.tokenizer.encode(one.sequence) for one in data.sequences(split)]
 
 
+@pytest.mark.parametrize("spec", ["nucleotide", KMER])
+def test_one_sequence_is_read_and_its_relevance_drawn(folder: Path, spec: Any) -> None:
+    pytest.importorskip("matplotlib")
+    from ssm_modal.plots import new_figure
+
+    data = module(folder, tokenizer=spec)
+    batches = data.batches("test")
+    every = [one for i in range(batches.n_batches) for one in pieces(batches.make_evaluation(i, 0, 1))]
+    assert [data.example_input("predict", i)[0].tolist() for i in range(5)] == every
+    figure = new_figure(3, 2)
+    relevance = torch.arange(float(len(every[3])))
+    data.draw_relevance(figure, "test", 3, relevance)
+    assert [bar.get_height() for bar in figure.axes[0].patches] == relevance.tolist()
+    assert figure.axes[0].get_xlabel() == ("base" if spec == "nucleotide" else "token")
+
+
 def test_training_reads_either_strand_and_draws_anew_each_epoch(folder: Path) -> None:
     data = module(folder, reverse_complement=True)
     tokenizer = NucleotideTokenizer()

@@ -80,6 +80,21 @@ def test_pixels_are_the_image_in_a_fixed_order(tmp_path: Path) -> None:
     torch.testing.assert_close(drawn["pixels"], row["images"].flatten(2).transpose(1, 2)[:, order])
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_relevance_of_pixels_is_drawn_where_they_stand(seed: int | None, tmp_path: Path) -> None:
+    from ssm_modal.plots import new_figure
+
+    write_mnist(tmp_path, train=20, test=6)
+    data = mnist(tmp_path, layout="pixels", permutation_seed=seed)
+    read = data.example_input("test", 2)
+    assert torch.equal(read, data.batches("test").make_evaluation(0, 0, 1)["pixels"][2:3])
+    figure = new_figure(4, 2)
+    data.draw_relevance(figure, "test", 2, read[0, :, 0])  # the pixels themselves, so the image comes back
+    image = mnist(tmp_path).batches("test").make_evaluation(0, 0, 1)["images"][2]
+    drawn = torch.from_numpy(np.asarray(figure.axes[1].images[1].get_array()))
+    torch.testing.assert_close(drawn, image[0])
+
+
 def test_cifar_s_three_colours(tmp_path: Path) -> None:
     images = write_cifar(tmp_path)
     data = ImageDataModule(

@@ -138,7 +138,7 @@ def reverse_equals_flip_layer_flip(layer: Any, dtype: torch.dtype) -> None:
 
 def every_parameter_gets_a_gradient(layer: nn.Module) -> None:
     """The loss reaches every parameter, with finite gradients that are not all zero."""
-    y, _ = layer(inputs(layer, 2, 9))
+    y, _ = layer(inputs(layer, 2, 18))  # a pooled stage has a few steps too
     y.square().sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None, name

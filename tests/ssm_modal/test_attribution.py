@@ -356,6 +356,45 @@ def test_files(tmp_path: Path) -> None:
         found.table(0, ["a"])
 
 
+def layer_input(model: nn.Module, layer: int, inputs: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    handle = mixing_layers(model)[layer].register_forward_hook(lambda m, args, out: kept.append(args[0]))
+    with torch.no_grad():
+        model(inputs)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("order", ["row", "column", "snake", "cross"])
+@pytest.mark.parametrize("token", ["middle", "none"])
+def test_rows_of_vision_mamba_lie_where_their_patches_are(order: str, token: str) -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    options = {"img_size": [4, 6], "patch_size": 2, "d_model": 8, "n_layers": 2, "d_state": 4, "in_chans": 1}
+    model = ssm_modal.create_model("vim_mini", class_token=token, scan_order=order, **options).double().eval()
+    image = torch.rand(1, 1, 4, 6, dtype=FP64)
+    assert attribute(model, image).relevance.shape == image[:, 0].shape
+    for layer in (0, 1):
+        found = attribute(model, image, method="hidden_attention", layer=layer)
+        assert found.relevance.shape == (1, 2, 3)
+        assert found.positions is not None
+        position = int(found.positions[0])
+        if token == "middle" and layer == 1:
+            assert position == 3  # of 6 patches and the class token
+        # The layer's own row, its tokens put back by hand.
+        x = layer_input(model, layer, image)
+        row = hidden_attention_row(mixing_layers(model)[layer], x, position).total[0].tolist()
+        if token == "middle":
+            del row[3]
+        numbers = {
+            "row": [0, 1, 2, 3, 4, 5],
+            "column": [0, 3, 1, 4, 2, 5],
+            "snake": [0, 1, 2, 5, 4, 3],
+        }[("row", "column")[layer] if order == "cross" else order]
+        for number, value in zip(numbers, row):
+            assert float(found.relevance[0].flatten()[number]) == pytest.approx(value)
+
+
 def strands_classifier() -> nn.Module:
     torch.manual_seed(0)
     model = ssm_modal.create_model("caduceus_ps_classifier", d_model=8, n_layers=2, d_state=4).double()
@@ -383,13 +422,7 @@ def test_a_row_of_both_strands_is_the_sum_of_theirs() -> None:
     tokenizer = NucleotideTokenizer()
     ids = torch.tensor([tokenizer.encode("ACCGTNATTGA")])
     found = attribute(model, ids, method="hidden_attention", position=3)
-    kept: list[Tensor] = []
+    x = layer_input(model, -1, ids)
     layer = mixing_layers(model)[-1]
-    handle = layer.register_forward_hook(lambda module, args, out: kept.append(args[0]))
-    with torch.no_grad():
-        model(ids)
-    handle.remove()
-    given, other = (
-        hidden_attention_row(layer, kept[0][i : i + 1], at).total for i, at in ((0, 3), (1, 10 - 3))
-    )
+    given, other = (hidden_attention_row(layer, x[i : i + 1], at).total for i, at in ((0, 3), (1, 10 - 3)))
     torch.testing.assert_close(found.relevance, given + other.flip(1))

@@ -323,7 +323,7 @@ def test_other_errors_of_the_program(capsys: Capture) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("fit", "validate", "test", "predict", "generate", "configs", "doctor"):
+    for name in ("fit", "validate", "test", "predict", "generate", "stream", "configs", "doctor"):
         assert f"\n  {name} " in out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("ssm-modal 0")

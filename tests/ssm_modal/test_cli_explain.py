@@ -143,3 +143,42 @@ def test_what_does_not_fit_is_named(
     assert main([*command, *options]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["images", "pixels"])
+def test_an_image_as_its_run_prepared_it(layout: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from PIL import Image
+
+    state = {
+        "classes": ["a", "b"],
+        "image_size": [4, 6],
+        "channels": 1,
+        "mean": [0.5],
+        "std": [0.25],
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "layout": layout,
+        "permutation_seed": 3 if layout == "pixels" else None,
+    }
+    own = {"img_size": [4, 6], "patch_size": 2} if layout == "images" else {}
+    name = "vim_mini" if layout == "images" else "pixels_classifier"
+    model = checkpoint(tmp_path / "run.ckpt", name, state, "ImageDataModule", n_classes=2, **own)
+    pixels = torch.arange(24, dtype=torch.uint8).view(4, 6) * 10
+    Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
+    options = ["--model", model, "--input", tmp_path / "a.png"]
+    arrays, rows = explain(tmp_path / "out", *options, "--target", "b")
+    assert arrays["relevance"].shape == (1, 4, 6)
+    assert (rows[-1]["row"], rows[-1]["column"]) == ("3", "5")
+    given = ((pixels.float() / 255 - 0.5) / 0.25)[None]
+    loaded = ssm_modal.load_pretrained(model)
+    if layout == "images":
+        right = ssm_modal.attribute(loaded, given[None], 1).relevance
+    else:
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+        right = torch.zeros(1, 24)
+        right[:, order] = ssm_modal.attribute(loaded, given.flatten()[order].view(1, 24, 1), 1).relevance
+        right = right.view(1, 4, 6)
+    torch.testing.assert_close(arrays["relevance"], right, rtol=1e-4, atol=1e-6)
+    arrays, rows = explain(tmp_path / "hidden", *options, "--method", "hidden_attention")
+    assert arrays["relevance"].shape == ((1, 2, 3) if layout == "images" else (1, 4, 6))

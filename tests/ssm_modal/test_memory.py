@@ -10,6 +10,7 @@ import torch
 import ssm_modal
 from ssm_modal.cli.main import main
 from ssm_modal.cli.memory import PUBLISHED
+from ssm_modal.errors import StateError
 from ssm_modal.models import CausalLM, ModelMemory, memory_table, model_memory
 from tests.test_readme import ROOT
 
@@ -45,6 +46,12 @@ def test_a_negative_length_is_named() -> None:
     config = ssm_modal.model_config("mamba_lm")
     with pytest.raises(ValueError, match=r"length is -1 and batch 1, expected 0 or more"):
         model_memory(config, -1)
+
+
+@pytest.mark.parametrize("name", ["audio_classifier", "caduceus_ps", "dna_cnn"])
+def test_a_model_without_a_state_is_refused(name: str) -> None:
+    with pytest.raises(StateError, match=r"describes a model that carries no state"):
+        model_memory(ssm_modal.model_config(name), 1)
 
 
 def test_the_table_s_units() -> None:

@@ -88,6 +88,13 @@ def test_the_router_stays_fp32() -> None:
     assert {n for n, p in layer.named_parameters() if p.dtype == torch.float32} == {"router.weight"}
 
 
+def test_compiles_whole_in_bf16() -> None:
+    layer, x = MoE(16, MoEConfig(4, 2, d_hidden=8)).to(torch.bfloat16), torch.randn(2, 5, 16).bfloat16()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_close(compiled(x), layer(x), OUTPUT[torch.bfloat16])
+
+
 def test_an_expert_nobody_chooses_and_one_everybody_does() -> None:
     layer = MoE(4, MoEConfig(3, 1, d_hidden=4)).double()
     with torch.no_grad():
@@ -118,7 +125,7 @@ def test_the_load_balancing_loss_is_that_of_transformers(tmp_path: str) -> None:
 
 def small() -> ssm_modal.CausalLM:
     model = ssm_modal.create_model(
-        "jamba_lm", vocab_size=11, d_model=16, n_layers=3, n_heads=2, d_state=4, **{"mlp.d_hidden": 16}
+        "jamba_lm", vocab_size=11, d_model=16, n_layers=5, n_heads=2, d_state=4, **{"mlp.d_hidden": 16}
     )
     assert isinstance(model, ssm_modal.CausalLM)
     return model.double()

@@ -137,6 +137,14 @@ def test_shards_stacked_experts_and_torch_files_are_read_alike(jamba: Path, tmp_
     assert same(ssm_modal.load_pretrained(tmp_path), ours)
 
 
+def test_the_norms_of_b_and_c_are_not_exchanged(jamba: Path) -> None:
+    """Logits do not tell: along the diagonal recurrence their weights meet in one product."""
+    mixer = ssm_modal.load_pretrained(jamba).backbone.layers[0].mixer
+    there = theirs("jamba", {}).model.layers[0].mamba
+    assert torch.equal(mixer.B_norm.weight, there.b_layernorm.weight)
+    assert torch.equal(mixer.C_norm.weight, there.c_layernorm.weight)
+
+
 def test_state_spaces_both_ways(mamba: Path, tmp_path: Path) -> None:
     ours = ssm_modal.load_pretrained(mamba)
     ssm_modal.save_pretrained(ours, tmp_path / "ss", format="state_spaces")
@@ -381,6 +389,10 @@ def test_integer_weights_are_refused(mamba: Path) -> None:
 def test_dtypes_the_device_cannot_do(mamba: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"dtype is torch.int8, expected one of torch.float32"):
         ssm_modal.load_pretrained(mamba, dtype=torch.int8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device is cuda:1, but torch finds no NVIDIA GPU here"):
+        ssm_modal.load_pretrained(mamba, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(
         ValueError, match=r"cuda \(compute capability 7.5\) cannot compute in; expected torch.float16"
@@ -547,6 +559,16 @@ def test_convert_there_and_back(mamba: Path, tmp_path: Path, capsys: pytest.Capt
     assert half.embedding.weight.dtype == torch.bfloat16
     assert main(["convert", str(mamba), str(tmp_path / "ss"), "--to", "transformers"]) == 1
     assert "is there already, expected a new or an empty folder" in capsys.readouterr().err
+
+
+def test_special_ids_of_a_config_outlive_the_package_s_own_format(mamba: Path, tmp_path: Path) -> None:
+    (mamba / "generation_config.json").unlink(missing_ok=True)
+    edit_json(mamba / "config.json", eos_token_id=3, pad_token_id=1)
+    ours = ssm_modal.load_pretrained(mamba)
+    ssm_modal.save_pretrained(ours, tmp_path / "own", source=mamba)
+    ssm_modal.save_pretrained(ours, tmp_path / "back", format="transformers", source=tmp_path / "own")
+    document = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert [document[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None, 3, 1]
 
 
 def test_a_model_of_a_run_goes_to_transformers_with_its_tokenizer(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ssm_modal
 from ssm_modal.errors import ConfigError
-from ssm_modal.layers import S4D, MambaConfig, S4DConfig
+from ssm_modal.layers import S4D, MambaConfig, S4DConfig, set_time_step_scale
 from tests.ssm_modal import layer_laws as laws
 from tests.tolerances import assert_close
 
@@ -102,3 +103,32 @@ def test_as_large_as_mamba(output: str) -> None:
 def test_a_wrong_config_is_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         S4DConfig(**values)  # type: ignore[arg-type]
+
+
+def test_a_rescaled_model_hears_every_second_sample_as_the_whole() -> None:
+    """A smooth signal at half the rate with twice the time step: the same system in continuous time. What is
+    left is the input held for two samples instead of one, a fraction of what the wrong time step makes."""
+    torch.manual_seed(0)
+    model = ssm_modal.create_model("audio_classifier_s4d", d_model=8, n_layers=2, d_state=8).double()
+    time = torch.arange(4000, dtype=torch.float64) / 8000
+    wave = (0.3 * torch.sin(2 * math.pi * 60 * time) + 0.2 * torch.sin(2 * math.pi * 95 * time + 1))[None]
+    with torch.no_grad():
+        whole = model(wave)[0]
+        wrong = model(wave[:, ::2])[0]
+        set_time_step_scale(model, 2.0)
+        right = model(wave[:, ::2])[0]
+        set_time_step_scale(model, 1.0)
+        again = model(wave)[0]
+    assert torch.equal(again, whole)
+    assert (right - whole).norm() < 0.2 * (wrong - whole).norm()
+    assert (right - whole).norm() < 0.05 * whole.norm()
+
+
+def test_only_s4d_over_single_samples_can_be_rescaled() -> None:
+    for name in ("audio_classifier", "mamba_lm"):
+        model = ssm_modal.create_model(name, d_model=8, n_layers=1)
+        with pytest.raises(ValueError, match=r"the model has .*Mamba.*, expected S4D layers alone"):
+            set_time_step_scale(model, 2.0)
+    model = ssm_modal.create_model("audio_classifier_s4d", d_model=8, n_layers=1)
+    with pytest.raises(ValueError, match="scale is 0, expected more than 0"):
+        set_time_step_scale(model, 0)

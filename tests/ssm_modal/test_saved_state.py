@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -255,3 +256,10 @@ def test_cuda_graphs_give_the_same_tokens(family: str, dtype: torch.dtype, devic
             if a.ndim == 4:
                 a, b = a[:, :, :80], b[:, :, :80]
             assert torch.equal(a, b)
+
+
+def test_no_graph_stands_for_steps_that_differ(as_a_graph: list[int]) -> None:
+    """What a step of a U-Net of pooled stages runs depends on how many came before."""
+    model: Any = ssm_modal.create_model("sashimi_lm", d_model=8)
+    generate(model, [[1, 2]], GREEDY)
+    assert as_a_graph == []

@@ -20,6 +20,7 @@ from ssm_modal.cli.main import main
 from ssm_modal.datamodules.audio import AudioDataModule
 from ssm_modal.errors import ConfigError
 from ssm_modal.io.wav import write_wav
+from ssm_modal.layers import set_time_step_scale
 from ssm_modal.plots import Example
 from ssm_modal.tasks import Classification
 from ssm_modal.tasks.classification_tables import (
@@ -344,6 +345,30 @@ def test_what_is_kept_of_a_prediction_is_of_the_same_weights_and_files(tmp_path:
     assert key() != changed
 
 
+def test_a_model_of_s4d_is_tested_at_half_its_rate(tmp_path: Path) -> None:
+    """Every second sample and twice the time step: what the rescaled model says of those samples itself."""
+    folder = tones(tmp_path / "data")
+    tiny = {"n_classes": 2, "d_model": 8, "n_layers": 1, "d_state": 4}
+    trained = Classification("audio_classifier_s4d", tiny)
+    fitting = trainer(tmp_path / "run", max_steps=1)
+    fitting.fit(trained, data(folder))
+    ckpt = str(tmp_path / "trained.ckpt")
+    fitting.save_checkpoint(ckpt)
+    half = data(folder, keep_every=2)
+    task = Classification("audio_classifier_s4d", tiny, time_step_scale=2.0)
+    means = trainer(tmp_path / "half").test(task, half, ckpt_path=ckpt, verbose=False)[0]
+    set_time_step_scale(trained.model, 2.0)
+    with torch.no_grad():
+        logits = torch.cat([trained.model(clip.read()[None, ::2])[0] for clip in half.clips("test")])
+    labels = torch.tensor([NAMES.index(str(clip.recording.label)) for clip in half.clips("test")])
+    assert means["test/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-4)
+    plain = Classification("audio_classifier_s4d", tiny)
+    with pytest.raises(ValueError, match=r"trained with sample_rate 8000, got 4000"):
+        trainer(tmp_path / "plain").test(plain, half, ckpt_path=ckpt, verbose=False)
+    with pytest.raises(ValueError, match=r"time_step_scale is 2\.0 in training, expected 1"):
+        trainer(tmp_path / "fit", max_steps=1).fit(task, half)
+
+
 def test_a_training_without_a_test_split_ends_well(tmp_path: Path) -> None:
     """Two recordings a class: no part of them is left for a test, which is said before the training."""
     module = data(tones(tmp_path / "data", each=2))
@@ -416,5 +441,5 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     assert len(unlabelled.predicted_files()) == 2
     with pytest.raises(ValueError, match=r"no recording of .* has a label, expected labels to train by"):
         unlabelled.batches("train")
-    with pytest.raises(ValueError, match="the batch has the keys labels, expected ids or waveform"):
+    with pytest.raises(ValueError, match="the batch has the keys labels, expected one of ids, waveform"):
         Classification("audio_classifier", TINY).logits({"labels": torch.zeros(1)})

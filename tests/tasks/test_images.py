@@ -74,7 +74,7 @@ def test_a_folder_of_images_becomes_a_classifier_with_tables_and_pictures(traine
         ("cat", "3", "0"),
         ("dog", "0", "3"),
     ]
-    for picture in ("confusion.png", "examples.png"):
+    for picture in ("confusion.png", "examples.png", "relevance.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 

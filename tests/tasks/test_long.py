@@ -235,7 +235,7 @@ def test_a_model_that_needs_the_whole_sequence_is_sent_to_recompute(monkeypatch:
     monkeypatch.setattr(ssm_modal, "create_model", lambda name, **overrides: Plain())
     for option in ({"segment": 8}, {"recompute": "blocks"}):
         with pytest.raises(
-            ValueError, match=f"{next(iter(option))} needs a model with a Backbone, Plain has"
+            ValueError, match=f"{next(iter(option))} needs a model with a backbone, Plain has"
         ):
             LanguageModelling("plain", **option)
 

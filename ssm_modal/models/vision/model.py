@@ -38,6 +38,7 @@ class VisionMamba(Model, WideParameters):
 
     undecayed_parameters = ("cls_token", "pos_embed")
     config: VisionMambaConfig
+    backbone: Backbone
     _traits: dict[str, Any]  # what timm notes down of a model that it created
 
     def __init__(self, config: VisionMambaConfig) -> None:
@@ -239,6 +240,21 @@ class VisionMamba(Model, WideParameters):
                 patches = patches.transpose(1, 2).unflatten(2, layout.grid).contiguous()
             found.append((patches, prefix) if return_prefix_tokens and prefix is not None else patches)
         return found if intermediates_only else (final, found)
+
+    def patch_map(self, values: Tensor, layer: int, images: Tensor) -> Tensor:
+        """Numbers of the tokens of block `layer`, (batch, tokens) in the order it scans them, laid over the
+        image: (batch, rows, columns), the class token left out.
+
+        images: (batch, in_chans, height, width), what the model was given.
+        """
+        patch, turns = self.config.patch, BLOCK_ORDERS[self.config.scan_order]
+        grid = (images.shape[2] // patch[0], images.shape[3] // patch[1])
+        slot = class_slot(self.config.class_token, grid[0] * grid[1])
+        back = reordering(turns[layer % len(turns)], "row", grid, slot, values.device)
+        ordered = values if back is None else values[:, back]
+        if slot is not None:
+            ordered = torch.cat([ordered[:, :slot], ordered[:, slot + 1 :]], dim=1)
+        return ordered.unflatten(1, grid)
 
     # ------------------------------------------------------------------ what timm asks of a model
 

@@ -63,5 +63,7 @@ def reordering(
     takes its tokens; None where nothing moves."""
     if before == after:
         return None
-    place = token_order(before, grid, slot).argsort()  # of each token in `before`
-    return place[token_order(after, grid, slot)].to(device)
+    # What is kept serves training too, though the first to ask for it may be an evaluation.
+    with torch.inference_mode(False):
+        place = token_order(before, grid, slot).argsort()  # of each token in `before`
+        return place[token_order(after, grid, slot)].to(device)
