@@ -165,7 +165,7 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         del options["data.batch_size"]
         options["data.batch_tokens"] = 100
         labelled_sequences(content["data"]["init_args"], tmp_path)
-    if content["model"]["init_args"]["model"] == "waveform_cnn":  # small as it is
+    if content["model"]["init_args"].get("model") == "waveform_cnn":  # small as it is
         options = {k: v for k, v in options.items() if not k.startswith("model.overrides.")}
     args = [f"--{key}={value}" for key, value in options.items()]
     assert main(["fit", "--config", name, *args]) == 0, capsys.readouterr().err
