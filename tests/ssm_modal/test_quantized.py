@@ -71,7 +71,9 @@ def test_a_cast_of_the_model_keeps_the_scales_wide() -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [3, 9])
-def test_experts_by_rows_and_by_expert_are_those_of_the_dense_weights(kind: Any, rows: int) -> None:
+def test_experts_by_rows_and_by_expert_are_those_of_the_dense_weights(
+    kind: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """3 rows are fewer than the 4 experts, 9 more; expert 1 has none."""
     dense = Experts(64, 128, 4)
     packed = []
@@ -83,7 +85,10 @@ def test_experts_by_rows_and_by_expert_are_those_of_the_dense_weights(kind: Any,
     ends = torch.tensor([1, 1, 2, rows], dtype=torch.int32)
     x = torch.randn(rows, 64)
     with torch.no_grad():
-        torch.testing.assert_close(QuantizedExperts(*packed)(x, ends), dense(x, ends))
+        want = dense(x, ends)
+        if rows == 3:  # nothing is read on the host, so that a CUDA graph can hold it
+            monkeypatch.setattr(torch.Tensor, "tolist", None)
+        torch.testing.assert_close(QuantizedExperts(*packed)(x, ends), want)
 
 
 @pytest.fixture(scope="module")

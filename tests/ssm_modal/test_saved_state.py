@@ -152,12 +152,15 @@ def as_a_graph(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         warm_up()
         decoder = step.__self__
 
+        places = [t.data_ptr() for t in decoder.state.tensors()]
+
         def replay() -> None:
             used = [layer.used for layer in decoder.state.layers if hasattr(layer, "used")]
             step()
             # A graph changes nothing on the host.
             for layer, before in zip((y for y in decoder.state.layers if hasattr(y, "used")), used):
                 layer.advance_(before - layer.used)
+            assert [t.data_ptr() for t in decoder.state.tensors()] == places, "a graph's buffers moved"
 
         for layer in decoder.state.layers:  # as the recording leaves it
             layer.advance_(1)
@@ -188,7 +191,11 @@ def test_a_graph_gives_the_same_tokens_and_states(
     assert result.tokens == plain.tokens
     assert result.states is not None
     assert plain.states is not None
-    for a, b in zip(result.states, plain.states):
+    for prompt, a, b in zip(PROMPTS, result.states, plain.states):
+        for layer in a.layers:  # type: ignore[attr-defined]
+            if hasattr(layer, "used"):  # a bound for all rows, and no more
+                assert layer.used == max(map(len, PROMPTS)) + config.max_new_tokens
+                assert layer.lengths.tolist() == [len(prompt) + config.max_new_tokens]
         more = [generate(model, [[3, 4]], GREEDY, state=s).tokens for s in (a, b)]
         assert more[0] == more[1]
     # Rows that end at different tokens, in the middle of a block.
@@ -199,6 +206,11 @@ def test_a_graph_gives_the_same_tokens_and_states(
     )
     assert (result.tokens, result.finish) == (plain.tokens, plain.finish)
     assert "eos" in result.finish
+    result = generate(model, PROMPTS, ending, return_states=True)
+    assert result.states is not None
+    for prompt, tokens, state in zip(PROMPTS, result.tokens, result.states):
+        again = generate(model, [[3, 4]], GREEDY, state=state).tokens
+        assert again == generate(model, [prompt + tokens + [3, 4]], GREEDY).tokens
 
 
 def test_streaming_and_stop_texts_with_a_graph(as_a_graph: list[int]) -> None:
