@@ -17,6 +17,9 @@ def main(device: torch.device, tiny: bool) -> dict[str, object]:
     """The seconds that importing the op, its first forward, that with the first backward, and a later call of
     both take; and the checks of the first results, as (name, error, limit)."""
     torch.zeros(8, device=device).sum().item()
+    # The first gradient of a process that is not of a scalar makes torch import sympy, which takes seconds.
+    ones = torch.ones(8, device=device, requires_grad=True)
+    torch.autograd.grad(ones * 2, ones, torch.ones_like(ones))
 
     def wait() -> None:
         if device.type == "cuda":

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ssm_modal
+from ssm_modal.cli.explain_inputs import stored_data
 from ssm_modal.cli.generate_audio import COLUMNS, TABLE
 from ssm_modal.datamodules.audio import AudioDataModule
 from ssm_modal.io.atomic import atomic_write
@@ -206,11 +207,26 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, help="where scores.csv, figures.csv, examples.png go; default: --generated")
     add("--device", default="cpu", help="where the classifier runs (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    try:
+        return run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score what the options name. Raises ValueError or OSError for what does not fit or is not there."""
     model = ssm_modal.load_pretrained(arguments.classifier, device=arguments.device)
     if not isinstance(model, SequenceClassifier):
-        parser.error(f"--classifier is a {type(model).__name__}, expected a SequenceClassifier")
+        raise ValueError(f"--classifier is a {type(model).__name__}, expected a SequenceClassifier")
     generated, sample_rate = read_generated(arguments.generated)
     data = AudioDataModule(arguments.path, arguments.source, sample_rate=sample_rate)
+    trained_on = {"sample_rate": sample_rate, "classes": list(data.classes)}
+    for name, kept in stored_data(arguments.classifier).items():
+        if name in trained_on and kept != trained_on[name]:
+            raise ValueError(
+                f"--classifier was trained with {name} {kept}, but the recordings have {trained_on[name]}"
+            )
     scores, figures = score(generated, sample_rate, data, model)
     out = arguments.out or arguments.generated
     written = write_scores(out, scores, figures)

@@ -17,7 +17,7 @@ from ssm_modal.datamodules.audio_augment import Augmentation
 from ssm_modal.datamodules.audio_batches import AudioBatches, Input, Layout
 from ssm_modal.datamodules.audio_plan import BatchPlan
 from ssm_modal.datamodules.left_out import warn_left_out
-from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
+from ssm_modal.datamodules.resumable import ResumableLoader, check_same, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.audio import AUDIO_SUFFIXES
 from ssm_modal.io.left_out import write_left_out
@@ -78,13 +78,14 @@ class AudioDataModule(pl.LightningDataModule):
         augment: see `Augmentation`; training alone. Layout "windows" takes no shift and no speed.
         val_fraction, test_fraction: parts of the recordings of each label, for those whose split nothing else
             decides, see `assign_splits`.
-        suffixes: endings of the files read below a folder.
+        suffixes: endings of the files read below a folder; of sources "folder", "pattern" and "unlabelled".
         refuse_silent: a recording whose samples are all 0 is bad.
         check_samples: decode every recording once before the run starts, so that a bad one is found then.
         skip_bad: leave bad recordings out instead of raising, warn, and list them with the reason in
             `left_out` and, at the start of `fit`, in `left_out.csv` in the run's folder.
-        predict: what `ssm-modal predict` goes through: the "test" split, or "all" recordings, for a folder to
-            be classified; its source may then be "unlabelled", and it need not have every class.
+        predict: what `ssm-modal predict` goes through: the "test" split, or "all" recordings in the order
+            in which they are found, for a folder to be classified; its source may then be "unlabelled", and
+            it need not have every class.
         num_workers: processes that prepare batches; the batches are the same with any number.
         pin_memory: copy batches to pinned memory, for training on a GPU.
         seed: order, windows and augmentation; None: the run's seed (`--seed_everything`).
@@ -167,10 +168,15 @@ class AudioDataModule(pl.LightningDataModule):
             ("pattern", pattern is not None, "pattern"),
             ("root", root is not None, "manifest"),
             ("left_out_speaker", left_out_speaker is not None, "free_spoken_digits"),
+            ("words", words != 35, "speech_commands"),
             ("unknown", unknown, "speech_commands"),
         ):
             if given and source != needed:
                 raise ValueError(f"{name} is given with source {source!r}, expected it for {needed!r} alone")
+        if tuple(suffixes) != AUDIO_SUFFIXES and source in ("manifest", *_PRESETS):
+            raise ValueError(
+                f"suffixes is given with source {source!r}, expected it for a folder of any files alone"
+            )
         if path is None and source not in _PRESETS:
             raise ValueError(f"path is None with source {source!r}, expected a folder or a manifest")
         self.path = path if path is not None else f"$SSM_MODAL_DATA/{_PRESETS[source]}"
@@ -189,6 +195,7 @@ class AudioDataModule(pl.LightningDataModule):
         self.check_samples, self.skip_bad = check_samples, skip_bad
         self.predict = predict
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
+        self._every: list[Clip] = []  # in the order in which they were found
         self._clips: dict[str, list[Clip]] | None = None
         self._classes: tuple[str, ...] = ()
         self._left_out: list[LeftOut] = []
@@ -258,7 +265,7 @@ class AudioDataModule(pl.LightningDataModule):
 
     def _predicted(self) -> list[Clip]:
         splits = self._prepare()
-        return splits["test"] if self.predict == "test" else [c for name in SPLITS for c in splits[name]]
+        return splits["test"] if self.predict == "test" else self._every
 
     def setup(self, stage: str | None = None) -> None:
         """Find and check the recordings; at the start of `fit`, write down the tokenizer of layout "windows",
@@ -352,16 +359,12 @@ class AudioDataModule(pl.LightningDataModule):
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         if not fitting and set(self.classes) <= set(state_dict["classes"]):
             self._classes = tuple(state_dict["classes"])
-        scale = 1.0
+        mine = self.state_dict()
         if self.trainer is not None and not fitting:
             scale = getattr(self.trainer.lightning_module, "time_step_scale", 1.0)
-        mine_of = {**self.state_dict(), "sample_rate": self.sample_rate * scale}
-        for name, mine in mine_of.items():
-            if state_dict.get(name) != mine:
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict.get(name)}, got {mine}; "
-                    "resume with the same data, or start a new run"
-                )
+            if scale != 1.0:
+                mine["sample_rate"] *= scale
+        check_same(state_dict, mine, self.trainer)
 
     def _evaluation(self, split: str) -> ResumableLoader:
         return self._loader(self.batches(split))
@@ -400,5 +403,6 @@ class AudioDataModule(pl.LightningDataModule):
         if self.condition == "label" and unlabelled:
             raise ValueError(f'condition is "label", but {unlabelled[0]} has no label, expected one')
         self._classes = tuple(sorted({c.recording.label for c in clips if c.recording.label is not None}))
+        self._every = clips
         self._clips = {name: [c for c in clips if c.recording.split == name] for name in SPLITS}
         return self._clips

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from ssm_modal.datamodules.dna_batches import DNABatches, Objective
 from ssm_modal.datamodules.dna_plan import Stage, Stretch, split_genome, training_stages
 from ssm_modal.datamodules.left_out import warn_left_out
-from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
+from ssm_modal.datamodules.resumable import ResumableLoader, check_same, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import GENOME_SUFFIXES, Genome, open_genome
@@ -253,12 +253,7 @@ class DNADataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint was trained with another tokenizer or objective."""
-        for name, mine in self.state_dict().items():
-            if state_dict[name] != mine:
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, got {mine}; "
-                    "resume with the same, or start a new run"
-                )
+        check_same(state_dict, self.state_dict(), self.trainer)
 
     def _batches(self, split: str, length: int, batch_size: int, stages: Sequence[Stage]) -> DNABatches:
         return DNABatches(

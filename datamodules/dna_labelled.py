@@ -16,7 +16,7 @@ from ssm_modal.datamodules.audio_plan import BatchPlan, Parts
 from ssm_modal.datamodules.dna import SPLITS, build_dna_tokenizer
 from ssm_modal.datamodules.dna_masking import IGNORE
 from ssm_modal.datamodules.left_out import warn_left_out
-from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, run_seed
+from ssm_modal.datamodules.resumable import ResumableLoader, check_same, derived_seed, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.io.labelled_sequences import (
     LabelledSequence,
@@ -270,12 +270,7 @@ class DNAClassificationDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint was trained on other classes or with another tokenizer."""
-        for name, mine in self.state_dict().items():
-            if state_dict[name] != mine:
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, got {mine}; "
-                    "resume with the same data, or start a new run"
-                )
+        check_same(state_dict, self.state_dict(), self.trainer)
 
     def _evaluation(self, split: str) -> ResumableLoader:
         batches = self.batches(split)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssm_modal.datamodules.image_batches import ImageBatches, Layout
 from ssm_modal.datamodules.image_sources import PUBLISHED, Sample, folder_images, published_images
 from ssm_modal.datamodules.left_out import warn_left_out
-from ssm_modal.datamodules.resumable import ResumableLoader, run_seed
+from ssm_modal.datamodules.resumable import ResumableLoader, check_same, run_seed
 from ssm_modal.io.image_transforms import ImageAugmentation, ImagePreprocessing, as_pixels, pixel_order
 from ssm_modal.io.images import IMAGE_SUFFIXES
 from ssm_modal.io.left_out import write_left_out
@@ -67,8 +67,9 @@ class ImageDataModule(pl.LightningDataModule):
         check_images: decode every file once before the run starts, so that a bad one is found then.
         skip_bad: leave bad files and folders out instead of raising, warn, and list them with the reason in
             `left_out` and, at the start of `fit`, in `left_out.csv` in the run's folder; needs check_images.
-        predict: what `ssm-modal predict` goes through: the "test" split, or "all" images, for a folder to be
-            classified; its source may then be "unlabelled", and it need not have every class.
+        predict: what `ssm-modal predict` goes through: the "test" split, or "all" images in the order of
+            their names, for a folder to be classified; its source may then be "unlabelled", and it need not
+            have every class.
         num_workers: processes that prepare batches; the batches are the same with any number.
         pin_memory: copy batches to pinned memory, for training on a GPU.
         seed: order and augmentation; None: the run's seed (`--seed_everything`).
@@ -125,6 +126,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(
                 f'source is "unlabelled" with predict {predict!r}, expected one with labels, or "all"'
             )
+        if tuple(suffixes) != IMAGE_SUFFIXES and source in PUBLISHED:
+            raise ValueError(f"suffixes is given with source {source!r}, expected it for a folder alone")
         if skip_bad and not check_images:
             raise ValueError(
                 "skip_bad is true with check_images false, expected both: bad files are found so"
@@ -228,7 +231,10 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _predicted(self) -> list[Sample]:
         splits = self._prepare()
-        return splits["test"] if self.predict == "test" else [s for name in SPLITS for s in splits[name]]
+        if self.predict == "test":
+            return splits["test"]
+        every = [sample for name in SPLITS for sample in splits[name]]
+        return every if self.source in PUBLISHED else sorted(every, key=lambda sample: sample.name)
 
     def setup(self, stage: str | None = None) -> None:
         """Find and check the images; at the start of `fit`, write down what was left out."""
@@ -325,12 +331,7 @@ class ImageDataModule(pl.LightningDataModule):
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         if not fitting and set(self.classes) <= set(state_dict["classes"]):
             self._classes = tuple(state_dict["classes"])
-        for name, mine in self.state_dict().items():
-            if state_dict[name] != mine:
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, got {mine}; "
-                    "resume with the same data, or start a new run"
-                )
+        check_same(state_dict, self.state_dict(), self.trainer)
 
     def _prepare(self) -> dict[str, list[Sample]]:
         if self._samples is not None:

@@ -61,6 +61,19 @@ def batches_done(trainer: Any) -> int:
     return 0 if trainer is None else int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
+def check_same(trained_with: Mapping[str, Any], mine: Mapping[str, Any], trainer: Any) -> None:
+    """Raise ValueError where a checkpoint's data module, whose state was `trained_with`, had another value of
+    one of the names in `mine`. trainer: a Lightning Trainer, or None: outside a run."""
+    going_on = trainer is None or trainer.state.fn == "fit"
+    for name, value in mine.items():
+        kept = trained_with.get(name)
+        if kept != value:
+            raise ValueError(
+                f"the checkpoint was trained with {name} {kept}, got {value}; "
+                + ("resume with the same data, or start a new run" if going_on else "give the data the same")
+            )
+
+
 class _Indexed(Dataset[Any]):
     """`make_batch` as a map-style data set, so that DataLoader's workers keep the order of the indices."""
 

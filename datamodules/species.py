@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssm_modal.datamodules.dna import build_dna_tokenizer
 from ssm_modal.datamodules.left_out import warn_left_out
-from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, global_rows, run_seed
+from ssm_modal.datamodules.resumable import ResumableLoader, check_same, derived_seed, global_rows, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
 from ssm_modal.datamodules.species_plan import SpeciesPlan, SpeciesSplit, plan_species
 from ssm_modal.io.cache import cache_folder
@@ -299,12 +299,7 @@ class SpeciesDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raises ValueError when the checkpoint was trained on other classes or folds, or with another
         tokenizer."""
-        for name, mine in self.state_dict().items():
-            if state_dict[name] != mine:
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, got {mine}; "
-                    "resume with the same data, or start a new run"
-                )
+        check_same(state_dict, self.state_dict(), self.trainer)
 
     def _files(self) -> list[list[Path]]:
         folder = expand_path(self.path)

@@ -27,6 +27,29 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def signature(tensors: Sequence[object]) -> tuple[object, ...] | None:
+    """All that the checks of an op look at in `tensors`: shapes, dtypes and devices, None for None.
+
+    None where the checks must look themselves: something that is no plain tensor is among them, or a call is
+    being traced.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    seen: list[object] = []
+    for t in tensors:
+        if t is None:
+            seen.append(None)
+        elif type(t) in PLAIN:
+            assert isinstance(t, Tensor)
+            seen += (t.shape, t.dtype, t.device)
+        else:
+            return None
+    return tuple(seen)
+
+
 def check_tensor(op: str, name: str, value: object) -> Tensor:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ssm_modal.kernels.checks import recording
+from ssm_modal.kernels.checks import PLAIN, recording
 
 NAMESPACE = "ssm_modal"
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
@@ -26,7 +24,7 @@ def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
     for t in tensors:
-        if t is not None and type(t) not in _PLAIN:
+        if t is not None and type(t) not in PLAIN:
             return False
     return not recording(tensors)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.devices import gpu_of
 
 # Rows are added in tiles of at most this many, in channel blocks of this width: many programs even where
 # there are few channels, with 4 KiB under way a warp.
@@ -71,7 +71,7 @@ def column_sums(partial: Tensor, main: Tensor, last: Tensor | None = None) -> No
     if width == 0:
         return
     tile, warps = _tile(rows)
-    with torch.cuda.device_of(partial):
+    with gpu_of(partial):
         column_sums_kernel[(-(-width // BLOCK), taps + (last is not None))](
             partial,
             main,

@@ -7,7 +7,7 @@ failures a caller may want to catch on their own.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ConfigError(ValueError):
@@ -38,3 +38,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = closest(name, names)
     hint = f"did you mean {close!r}? " if close is not None else ""
     return f"{hint}Valid: {', '.join(names) if names else 'none'}"
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first `most` of `names`, and how many more there are.
+
+    >>> listed(["a", "b", "c"], 2)
+    "a, b and 1 more"
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -6,7 +6,6 @@ import math
 import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +21,12 @@ from ssm_modal.errors import CheckpointError
 from ssm_modal.heads.chunked_loss import IGNORE
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers import collect_routing, load_balancing_loss
+from ssm_modal.layers.moe import moe_layers
 from ssm_modal.tasks.architecture import architecture_differences
+from ssm_modal.tasks.graphed import GraphedStep
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
 from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
+from ssm_modal.tasks.step_output import StepOutput
 
 try:
     from lightning.pytorch import LightningModule
@@ -39,19 +41,6 @@ InitPart = Literal["all", "backbone", "encoder"]
 
 MODEL_INPUTS = ("ids", "waveform", "pixels", "images")
 _CHECKPOINT_KEY = "ssm_modal"
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What one batch gives: sums and counts, so that means over batches and processes are exact.
-
-    loss: () the summed loss over the batch's targets, in nats. count: () the number of targets.
-    sums: further metrics, each name to ((), ()): its sum over the batch and what to divide by.
-    """
-
-    loss: Tensor
-    count: Tensor
-    sums: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +121,7 @@ class TrainingTask(LightningModule):
         if recompute == "blocks":
             self._backbone("recompute").gradient_checkpointing = True
         self._totals: dict[str, Tensor] = {}
+        self._graphed: GraphedStep | None = None
 
     # ------------------------------------------------------------------ what a task writes
 
@@ -233,7 +223,7 @@ class TrainingTask(LightningModule):
         """The mean loss over the targets of all processes' batches, and of a mixture of experts the
         load-balancing loss of this process' batch times `aux_loss_coef`."""
         with collect_routing(self.model) as routing:
-            out = self.step(batch, "train")
+            out = self._train_step(batch)
         totals = torch.stack([out.loss.detach().double(), out.count.double()])
         world = int(self.trainer.world_size)
         if world > 1:
@@ -250,6 +240,28 @@ class TrainingTask(LightningModule):
         if logs_this_step(self.trainer):
             self.log("train/loss", (totals[0] / count).float(), prog_bar=True)
         return loss
+
+    def _train_step(self, batch: Mapping[str, Any]) -> StepOutput:
+        return self.step(batch, "train") if self._graphed is None else self._graphed(batch)
+
+    def train_by_graphs(self, most: int) -> None:
+        """From now on forward and backward of a training step are one CUDA graph for each kind of batch.
+
+        most: kinds that may be recorded; see `GraphedStep`. Raises ValueError for a mixture of experts, whose
+        load-balancing loss is added outside of what is recorded.
+        """
+        if moe_layers(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} is a mixture of experts, whose training steps cannot be CUDA "
+                "graphs; leave CudaGraphs out"
+            )
+        self._graphed = GraphedStep(
+            lambda batch: self.step(batch, "train"), list(self.parameters()), most=most
+        )
+
+    def train_eagerly(self) -> None:
+        """Training steps run one kernel at a time again; what was recorded is let go."""
+        self._graphed = None
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         if logs_this_step(self.trainer):

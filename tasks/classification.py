@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ssm_modal.errors import ConfigError
+from ssm_modal.errors import ConfigError, listed
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.layers import set_time_step_scale
 from ssm_modal.models import SequenceClassifierConfig
@@ -183,7 +183,7 @@ class Classification(TrainingTask):
         names = tuple(getattr(data, "classes", ()))
         if names and len(names) != self.n_classes:
             raise ValueError(
-                f"the data has {len(names)} classes ({_some(names)}), but the model's n_classes is "
+                f"the data has {len(names)} classes ({listed(names)}), but the model's n_classes is "
                 f"{self.n_classes}; set model.init_args.overrides.n_classes to {len(names)}"
             )
 
@@ -385,7 +385,3 @@ class Classification(TrainingTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._trained_classes = tuple(checkpoint.get(_CHECKPOINT_KEY, {}).get("classes", ()))
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

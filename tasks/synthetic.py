@@ -123,6 +123,9 @@ class SyntheticTask(TrainingTask):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         rows, columns = torch.nonzero(batch["labels"] != IGNORE, as_tuple=True)
         found = {"rows": rows, "columns": columns, "targets": batch["labels"][rows, columns]}
+        if device.type == "cuda":
+            # From memory that is not pinned the copy would wait for all that the GPU still has to do.
+            found = {name: value.pin_memory() for name, value in found.items()}
         return super().transfer_batch_to_device({**batch, **found}, device, dataloader_idx)
 
     def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
@@ -137,7 +140,7 @@ class SyntheticTask(TrainingTask):
             return StepOutput(nothing, nothing, sums)
         logits = self._labelled_logits(batch)
         targets = batch["targets"]
-        count = torch.tensor(len(targets), device=ids.device)
+        count = torch.full((), len(targets), device=ids.device)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         if stage == "train":
             return StepOutput(loss, count)

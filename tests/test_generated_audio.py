@@ -102,3 +102,13 @@ def test_the_command_counts_copies_and_recognised_digits(
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
     assert "recognised                      0.75" in capsys.readouterr().out
+
+    # Of another rate or other classes the classifier says nothing; nothing is written.
+    kept = {"AudioDataModule": {"classes": ["0", "1"], "sample_rate": 16000}}
+    monkeypatch.setattr("benchmarks.generated_audio.stored_data", lambda place: kept["AudioDataModule"])
+    assert main([*arguments, "--out", str(tmp_path / "other")]) == 1
+    told = "error: --classifier was trained with sample_rate 16000, but the recordings have 8000"
+    assert told in capsys.readouterr().err
+    assert main(["--generated", str(real), *arguments[2:], "--out", str(tmp_path / "other")]) == 1
+    assert "generated.csv" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -34,6 +34,7 @@ from ssm_modal.kernels.conv.triton_common import (
     span,
     window_before,
 )
+from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import sigmoid
 from ssm_modal.kernels.triton_sums import column_sums
@@ -226,7 +227,7 @@ def causal_conv1d_bwd(
     partial = torch.empty((chunks, taps + 1, d_inner), dtype=torch.float32, device=x.device)
     state = x if initial_state is None else initial_state
     final = x if dfinal_state is None else dfinal_state
-    with torch.cuda.device_of(x):
+    with gpu_of(x):
         conv_backward_kernel[(chunks * -(-d_inner // launch.block_d),)](
             dout,
             final,

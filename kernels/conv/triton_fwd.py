@@ -29,6 +29,7 @@ from ssm_modal.kernels.conv.triton_common import (
     span,
     window_before,
 )
+from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import sigmoid
 
@@ -127,7 +128,7 @@ def causal_conv1d_fwd(
         launch = conv_launch(batch * length, d_inner, taps, False)
     chunks, tables, per_row = plan(x, seqs, launch.steps)
     state = x if initial_state is None else initial_state
-    with torch.cuda.device_of(x):
+    with gpu_of(x):
         conv_forward_kernel[(chunks * -(-d_inner // launch.block_d),)](
             x,
             weight,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.triton_math import silu
 
 # Elements of the windows of one program, and warps.
@@ -98,7 +99,7 @@ def causal_conv1d_step_triton(
     if batch * d_inner == 0:
         return out
     block_d, block_k = _blocks(d_inner, taps)
-    with torch.cuda.device_of(x):
+    with gpu_of(x):
         conv_step_kernel[(batch * -(-d_inner // block_d),)](
             x,
             weight,

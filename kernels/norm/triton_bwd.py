@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.norm.launch import AOT_SHAPES, backward_programs, norm_launch
 from ssm_modal.kernels.norm.triton_common import aot_arguments, aot_config, as_rows, load
 from ssm_modal.kernels.triton_math import sigmoid, silu
@@ -203,7 +204,7 @@ def rms_norm_bwd(
     make = torch.empty if launch.one else torch.zeros
     partial = make(1 if weight is None else programs, 1, dim, dtype=torch.float32, device=s.device)
     if rows > 0:
-        with torch.cuda.device_of(s):
+        with gpu_of(s):
             norm_backward_kernel[(programs * groups,)](
                 dout2,
                 dtotal2,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.norm.launch import AOT_SHAPES, norm_launch
 from ssm_modal.kernels.norm.ref import residual_dtype
 from ssm_modal.kernels.norm.triton_common import aot_arguments, aot_config, as_rows, load
@@ -141,7 +142,7 @@ def rms_norm_fwd(
     rstd = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     launch = norm_launch(width, False, gate is not None)
     if rows > 0:
-        with torch.cuda.device_of(x):
+        with gpu_of(x):
             norm_forward_kernel[(-(-rows * groups // launch.rows),)](
                 x2,
                 x2 if weight is None else weight.contiguous(),

@@ -11,7 +11,8 @@ exchanges every state over every distance. Here
    lane adds up the eight groups for four of the sums of one step (`flush_channels`). Where lanes share
    channels, lanes halve what they are responsible for over the remaining distances: each gives away one half
    of its registers and takes in the partner's share of the other half;
-3. each lane adds the sums it is left with to their places, without waiting for the result.
+3. each lane adds the sums it is left with to their places, without waiting for the result. In memory the
+   states of a lane stand together (`in_order` puts them back), so that it adds four at a time.
 
 Tensor cores cut their operands to 11 significant bits; SPLIT feeds what was cut off as well. Triton has no
 word for any of this, so it is PTX on the registers of the tile; under the interpreter, and on other makes of
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ssm_modal.kernels.dispatch import interpreting
 from ssm_modal.kernels.scan.launch import padded_state
@@ -91,8 +93,9 @@ def assembly(block_n: int, block_d: int, split: bool, shared: bool, vectors: boo
     """PTX for tiles [block_n, block_d].
 
     `sums` takes the R registers of a lane of either tile in the order of n, then R copies of the lane's
-    number in the warp; its first `held` outputs are sums, of which `sum_places` knows whose. `add` takes R
-    sums, R addresses and R flags and adds the first `held` sums where the flag is not 0.
+    number in the warp; its first `held` outputs are sums. `add` takes R sums and R copies of an address,
+    that of the lane's first sum (`sum_place`), and adds the first `held` sums there and behind it. The sums
+    of the second tile stand behind those of the first in memory.
 
     shared: `sums` takes R copies of an address in shared memory besides and puts the sums of the first tile
     there, those of the second APART bytes further; `add` takes an address there, one in device memory,
@@ -101,6 +104,9 @@ def assembly(block_n: int, block_d: int, split: bool, shared: bool, vectors: boo
     states = block_n * block_d // WARP
     if states < 1 or block_d > WARP:
         raise ValueError(f"tiles [{block_n}, {block_d}] are not those of a warp")
+    if states < 16 and block_d >= 4 and not shared:
+        # Some of four lanes would be left without a state.
+        raise ValueError(f"the sums of tiles [{block_n}, {block_d}] meet in shared memory: take fewer steps")
     first, lane = states, 3 * states
     lines = [".reg .f32 s, r;", ".reg .pred p;", ".reg .b32 bit;"]
     if block_d >= 4:
@@ -141,20 +147,43 @@ def assembly(block_n: int, block_d: int, split: bool, shared: bool, vectors: boo
             ]
         distance //= 2
     lines += [f"mov.f32 ${i}, {f'v{i}' if i < held else '0f00000000'};" for i in range(states)]
-    add = [".reg .pred p;"]
-    for i in range(held):
-        add += [
-            f"setp.ne.u32 p, ${3 * states + i}, 0;",
-            f"@p red.global.add.f32 [${2 * states + i}], ${states + i};",
-        ]
-    add += [f"mov.u32 ${i}, 0;" for i in range(states)]
     return ChannelSum(
         sums=_block(lines),
         sums_constraints=",".join(["=f"] * states + ["f"] * (2 * states) + ["r"] * states),
-        add=_block(add),
-        add_constraints=",".join(["=r"] * states + ["f"] * states + ["l"] * states + ["r"] * states),
+        add=" ".join(
+            _added(
+                states,
+                2 * states,
+                held,
+                min(held, 4 if block_d >= 4 else states),
+                vectors,
+                4 * memory_states(block_n),
+            )
+            + [f"mov.u32 ${i}, 0;" for i in range(states)]
+        ),
+        add_constraints=",".join(["=r"] * states + ["f"] * states + ["l"] * states),
         held=held,
     )
+
+
+def memory_states(block_n: int) -> int:
+    """Numbers of a row of sums in memory: four at least."""
+    return max(4, block_n)
+
+
+def _added(first: int, address: int, held: int, together: int, vectors: bool, plane: int) -> list[str]:
+    """PTX that adds `held` registers from $first on to memory at $address.
+
+    together: registers whose places follow each other; the next ones are `plane` bytes further.
+    """
+    wide = next(w for w in (4, 2, 1) if together % w == 0) if vectors else 1
+    lines = []
+    for i in range(0, held, wide):
+        at = i // together * plane + i % together * 4
+        names = ", ".join(f"${first + i + j}" for j in range(wide))
+        given, vector = (names, "") if wide == 1 else (f"{{{names}}}", f".v{wide}")
+        lines += [f"red.global.add{vector}.f32 [${address} + {at}], {given};"]
+    return lines
 
 
 def _flush(vectors: bool) -> str:
@@ -225,28 +254,37 @@ def _products(states: int, first: int, lane: int, split: bool) -> list[str]:
 
 
 @triton.jit
-def sum_places(n, lane, d_state, plane, HELD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where the sums of `add_channels` belong: offsets [BLOCK_N, BLOCK_D] and flags, 1 where there is a sum.
-
-    plane: the distance from the first tile's sums to the second's. Unused where HELD is None or 0.
-    """
+def sum_place(HELD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where the first sum that a lane holds belongs in a row of sums in memory, counted in numbers."""
     if HELD is None or HELD == 0:
-        return n, n
+        return 0
     else:
-        Q: tl.constexpr = 32 // BLOCK_D
-        R: tl.constexpr = BLOCK_N // Q
-        register = n[:, None] // Q + lane[None, :] * 0
+        R: tl.constexpr = BLOCK_N * BLOCK_D // 32
+        lane = tl.inline_asm_elementwise(
+            "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
+        )
+        channel = lane % BLOCK_D
         if BLOCK_D >= 4:
-            v = (lane[None, :] // 4) * HELD + register
+            # Of four lanes each holds four states of both tiles; so many of them as are left after halving.
+            v = channel // 4 * HELD
             tile = v // 4
-            i = 4 * (lane[None, :] % 4) + v % 4
+            i = 4 * (channel % 4) + v % 4
         else:
-            v = lane[None, :] * HELD + register
+            v = channel * HELD
             tile = v // R
             i = v % R
-        state = i * Q + n[:, None] % Q
-        valid = (register < HELD) & (i < R) & (state < d_state)
-        return tile.to(tl.int64) * plane + state, valid.to(tl.int32)
+        return tile * BLOCK_N + lane // BLOCK_D * R + i
+
+
+def in_order(sums: Tensor, block: int) -> Tensor:
+    """Sums (..., states) as they stand in memory, the states of a lane together, in the order of states.
+
+    block: channels of a tile.
+    """
+    share = WARP // block
+    if share == 1 or sums.shape[-1] <= share:
+        return sums
+    return sums.unflatten(-1, (share, -1)).transpose(-1, -2).flatten(-2)
 
 
 @triton.jit
@@ -258,8 +296,7 @@ def add_channels(
     n,
     lane,
     mask_n,
-    places,
-    flags,
+    place,
     shared,
     SUMS: tl.constexpr,
     SUMS_CONSTRAINTS: tl.constexpr,
@@ -271,11 +308,16 @@ def add_channels(
 ):
     """Add x and y [BLOCK_N, BLOCK_D], summed over d, to the numbers at `row` and at `row` + `plane`.
 
-    Where HELD is 0 they are put into shared memory at `shared`, for `flush_channels`.
+    They stand there as `in_order` says. place: that of `sum_place`. Where HELD is 0 the sums are put into
+    shared memory at `shared`, for `flush_channels`.
     """
     if SUMS is None:
-        tl.atomic_add(row + n, tl.sum(x, axis=1), mask=mask_n, sem="relaxed")
-        tl.atomic_add(row + plane + n, tl.sum(y, axis=1), mask=mask_n, sem="relaxed")
+        Q: tl.constexpr = 32 // BLOCK_D
+        to = n
+        if BLOCK_N > Q:
+            to = n % Q * (BLOCK_N // Q) + n // Q
+        tl.atomic_add(row + to, tl.sum(x, axis=1), mask=mask_n, sem="relaxed")
+        tl.atomic_add(row + plane + to, tl.sum(y, axis=1), mask=mask_n, sem="relaxed")
     elif HELD == 0:
         tl.inline_asm_elementwise(
             SUMS,
@@ -295,7 +337,7 @@ def add_channels(
         tl.inline_asm_elementwise(
             ADD,
             ADD_CONSTRAINTS,
-            [sums, (row + places).to(tl.int64, bitcast=True), flags],
+            [sums, lanes * 0 + (row + place).to(tl.int64, bitcast=True)],
             dtype=tl.int32,
             is_pure=False,
             pack=R,

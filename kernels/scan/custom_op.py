@@ -82,7 +82,10 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     seqs = cached_sequences(cu_seqlens, lengths)
     fwd = backend_functions(backend)[0]
-    return fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse)
+    out, final, states = fwd(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse
+    )
+    return out, final.contiguous(), states
 
 
 def _fwd_fake(
@@ -223,7 +226,7 @@ def scan(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, final_state) by `backend` on checked arguments, differentiable.
+    """(out, final_state) by `backend` on checked arguments, differentiable; final_state of any strides.
 
     B, C: (batch, length, groups, d_state).
     """

@@ -8,12 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssm_modal.kernels.scan.channel_sum import SHARED_APART, add_channels, flush_channels, sum_places
+from ssm_modal.kernels.scan.channel_sum import SHARED_APART, add_channels, flush_channels, sum_place
 from ssm_modal.kernels.scan.keeping import (
     fetch_tile,
     keep_place,
-    keep_row,
     keep_tile,
+    keep_times,
     leave_tile,
     take_row,
     take_tile,
@@ -165,7 +165,7 @@ def grad_kernel(
     if not KEPT:
         slots += STEPS
     scratch_ptr += pid.to(tl.int64) * slots * (BLOCK_D * BLOCK_N)
-    places, flags = sum_places(n, lane, d_state, padded_state, HELD, BLOCK_N, BLOCK_D)
+    place = sum_place(HELD, BLOCK_N, BLOCK_D)
     staged_b = stage_base(RESERVE)
     staged_c = staged_b + STAGE * BLOCK_N * 4
     TILE: tl.constexpr = BLOCK_N * BLOCK_D * 4
@@ -222,7 +222,7 @@ def grad_kernel(
             for stage in range(0, trips(count), STAGE):
                 stage_rows(
                     staged_b, b_row, c_row, stage, count, step, b_time, c_time, d_state, BRING, BROUGHT, WIDE,
-                    STAGE, BLOCK_N, BLOCK_D,
+                    STAGE, BLOCK_N, BLOCK_D, STAGE,
                 )  # fmt: skip
                 for first in range(stage, trips(tl.minimum(stage + STAGE, count)), STEPS):
                     here = rows + (first // STEPS % 2) * (4 * ROWS)
@@ -238,28 +238,35 @@ def grad_kernel(
                         leave_tile(left + (first // STEPS) * TILE, h, LEAVE, LEAVE_CONSTRAINTS)
                     else:
                         tl.store(scratch_ptr + (first // STEPS) * (BLOCK_D * BLOCK_N) + local, h)
+                    if KEPT:
+                        keep_times(
+                            dts, delta_row, here + ROWS, first, count, step, delta_time, d, mask_d, lane,
+                            bias, SOFTPLUS, WIDE, STEPS, BLOCK_D, ROW_READ, ROW_BYTES,
+                        )  # fmt: skip
                     # Loops over steps stay loops: unrolled, the code would be too long for the instruction
                     # caches.
                     for j in range(trips(tl.minimum(STEPS, count - first))):
                         at = (first + j) * step
                         if COPIED:
                             u = copied_row(here, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
-                            x = copied_row(here + ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
                         else:
                             u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
-                            x = load_row(delta_row, at, delta_time, d, mask_d, WIDE).to(tl.float32)
                         b = states_row(
                             staged_b, first - stage + j, b_row, at, b_time, n, lane, mask_n, READ,
                             READ_CONSTRAINTS, BLOCK_N, BLOCK_D,
                         )  # fmt: skip
-                        dt = time_step(x, bias, True, SOFTPLUS)
+                        if KEPT:
+                            dt = take_row(dts + j * (BLOCK_D * 4))
+                        else:
+                            x = load_row(delta_row, at, delta_time, d, mask_d, WIDE).to(tl.float32)
+                            dt = time_step(x, bias, True, SOFTPLUS)
                         h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
 
             # Back again. What only this half needs is worked out here, or it would take registers above.
             _, d_again, _ = channel_block(again(block), group_channels, blocks_per_group, BLOCK_D, FULL_D)
             chunk_again = again(chunk_index).to(tl.int64)
             g = tl.load(
-                grads_ptr + chunk_again * size + state_tile(n, d_again, d_inner), mask=mask, other=0.0
+                grads_ptr + chunk_again * size + state_tile(n, d_again, again(d_inner)), mask=mask, other=0.0
             )
             skip = tl.zeros([BLOCK_D], tl.float32)
             if skip_ptr is not None:
@@ -288,6 +295,8 @@ def grad_kernel(
             last = (count - 1) // STEPS
             if COPIED:
                 copies_wait(0)
+            # Of the STEPS places for states, the one of the state before these steps.
+            turn = 0
             if KEPT:
                 tiles_left()
                 fetch_tile(kept, left + last * TILE, FETCH, FETCH_CONSTRAINTS)
@@ -303,7 +312,7 @@ def grad_kernel(
                 if STAGE < CHUNK and stage_back > 0:
                     stage_rows(
                         staged_b, b_row, c_row, stage, count, step, b_time, c_time, d_state, BRING, BROUGHT,
-                        WIDE, STAGE, BLOCK_N, BLOCK_D,
+                        WIDE, STAGE, BLOCK_N, BLOCK_D, -STAGE,
                     )  # fmt: skip
                 subs_here = (tl.minimum(STAGE, count - stage) + STEPS - 1) // STEPS
                 for back in range(trips(subs_here)):
@@ -326,27 +335,30 @@ def grad_kernel(
                         copies_wait(0)
                     # The states of these steps once more; those before each step, and its dt, are kept.
                     if KEPT:
-                        h = take_tile(kept, TAKE, TAKE_CONSTRAINTS)
+                        h = take_tile(kept + turn * TILE, TAKE, TAKE_CONSTRAINTS)
+                        keep_times(
+                            dts, delta_row, here + ROWS, first, count, step, delta_time, d, mask_d, lane,
+                            bias, SOFTPLUS, WIDE, STEPS, BLOCK_D, ROW_READ, ROW_BYTES,
+                        )  # fmt: skip
                     else:
                         h = tl.load(scratch_ptr + sub * (BLOCK_D * BLOCK_N) + local)
                     for j in range(trips(steps_here)):
                         at = (first + j) * step
                         if COPIED:
                             u = copied_row(here, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
-                            x = copied_row(here + ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
                         else:
                             u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
-                            x = load_row(delta_row, at, delta_time, d, mask_d, WIDE).to(tl.float32)
                         b = states_row(
                             staged_b, inside + j, b_row, at, b_time, n, lane, mask_n, READ, READ_CONSTRAINTS,
                             BLOCK_N, BLOCK_D,
                         )  # fmt: skip
-                        dt = time_step(x, bias, True, SOFTPLUS)
                         if KEPT:
-                            keep_row(dts + j * (BLOCK_D * 4), dt)
+                            dt = take_row(dts + j * (BLOCK_D * 4))
                             if j > 0:
-                                keep_tile(kept + j * TILE, h, KEEP, KEEP_CONSTRAINTS)
+                                keep_tile(kept + (turn + j) % STEPS * TILE, h, KEEP, KEEP_CONSTRAINTS)
                         else:
+                            x = load_row(delta_row, at, delta_time, d, mask_d, WIDE).to(tl.float32)
+                            dt = time_step(x, bias, True, SOFTPLUS)
                             tl.store(scratch_ptr + (subs + j) * (BLOCK_D * BLOCK_N) + local, h)
                         h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
                     for back_j in range(trips(steps_here)):
@@ -387,7 +399,7 @@ def grad_kernel(
                         g += c * dy[None, :]
                         add_channels(
                             sums_row + at.to(tl.int64) * sums_time, padded_state, g * (dt * u)[None, :],
-                            h * dy[None, :], n, lane, mask_n, places, flags,
+                            h * dy[None, :], n, lane, mask_n, place,
                             shared_sums + j * 2 * SHARED_APART, SUMS, SUMS_CONSTRAINTS, ADD, ADD_CONSTRAINTS,
                             HELD, BLOCK_N, BLOCK_D,
                         )  # fmt: skip
@@ -395,7 +407,17 @@ def grad_kernel(
                         g *= tl.exp2(rate * dt[None, :])
                         # g and h are now those before this step.
                         if KEPT:
-                            h = take_tile(kept + j * TILE, TAKE, TAKE_CONSTRAINTS)
+                            h = take_tile(kept + (turn + j) % STEPS * TILE, TAKE, TAKE_CONSTRAINTS)
+                            if back_j == 0:
+                                # The place of the last of STEPS steps is free now, for the state that the
+                                # steps before these begin with: it is on its way during the others.
+                                fetch_tile(
+                                    kept + (turn + STEPS - 1) % STEPS * TILE,
+                                    left + tl.maximum(sub - 1, 0) * TILE,
+                                    FETCH,
+                                    FETCH_CONSTRAINTS,
+                                )
+                                copies_made()
                         else:
                             h = tl.load(scratch_ptr + (subs + j) * (BLOCK_D * BLOCK_N) + local)
                         q = g * h
@@ -407,9 +429,7 @@ def grad_kernel(
                         du = gb * dt + skip * dy
                         tl.store(du_row + to, du.to(du_ptr.dtype.element_ty), mask=mask_d)
                         tl.store(ddelta_row + to, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask_d)
-                    if KEPT:
-                        fetch_tile(kept, left + tl.maximum(sub - 1, 0) * TILE, FETCH, FETCH_CONSTRAINTS)
-                        copies_made()
+                    turn = (turn + STEPS - 1) % STEPS
                     if HELD == 0:
                         stage_wait()
                         flush_channels(
@@ -419,10 +439,13 @@ def grad_kernel(
             if COPIED or KEPT:
                 copies_wait(0)
             # Kept over the loops, the addresses of the tile would take two registers a state.
-            _, d_again, _ = channel_block(again(block), group_channels, blocks_per_group, BLOCK_D, FULL_D)
+            _, d_again, mask_again = channel_block(
+                again(block), group_channels, blocks_per_group, BLOCK_D, FULL_D
+            )
             chunk_again = again(chunk_index).to(tl.int64)
-            tl.store(grads_ptr + chunk_again * size + state_tile(n, d_again, d_inner), da, mask=mask)
+            tile = state_tile(n, d_again, again(d_inner))
+            tl.store(grads_ptr + chunk_again * size + tile, da, mask=mask_n[:, None] & mask_again[None, :])
             if dskip_ptr is not None:
-                tl.store(dskip_ptr + chunk_again * d_inner + d, dskip, mask=mask_d)
+                tl.store(dskip_ptr + chunk_again * d_inner + d_again, dskip, mask=mask_again)
             if dbias_ptr is not None:
-                tl.store(dbias_ptr + chunk_again * d_inner + d, dbias, mask=mask_d)
+                tl.store(dbias_ptr + chunk_again * d_inner + d_again, dbias, mask=mask_again)

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 
 from ssm_modal.kernels.scan.launch import padded_state
+from ssm_modal.kernels.scan.prefetch import copied_row
 from ssm_modal.kernels.scan.staging import WARP, operands, pieces
+from ssm_modal.kernels.scan.triton_common import load_row, time_step
 from ssm_modal.kernels.triton_math import NVIDIA
 
 
@@ -110,6 +112,45 @@ def take_row(place):
     return tl.inline_asm_elementwise(
         "ld.shared.f32 $0, [$1];", "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def keep_times(
+    places,
+    x_ptr,
+    x_rows,
+    first,
+    count,
+    step,
+    stride,
+    d,
+    mask_d,
+    lane,
+    bias,
+    SOFTPLUS: tl.constexpr,
+    WIDE: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROW_READ: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+):
+    """Store the step sizes of steps first ... first + STEPS - 1 at `places`, for `take_row`.
+
+    All at once, so that they are under way together: one by one, each would be waited for. x_ptr: the row of
+    delta of step 0; x_rows: these steps' rows in shared memory, read where ROW_READ is not None.
+    """
+    xs = ()
+    for j in tl.static_range(STEPS):
+        if ROW_READ is not None:
+            xs += (copied_row(x_rows, j, lane, BLOCK_D, ROW_READ, ROW_BYTES),)
+        else:
+            at = tl.minimum(first + j, count - 1) * step
+            xs += (load_row(x_ptr, at, stride, d, mask_d, WIDE).to(tl.float32),)
+    times = ()
+    for j in tl.static_range(STEPS):
+        times += (time_step(xs[j], bias, True, SOFTPLUS),)
+    for j in tl.static_range(STEPS):
+        keep_row(places + j * (BLOCK_D * 4), times[j])
 
 
 @triton.jit

@@ -14,12 +14,17 @@ from ssm_modal.kernels.checks import (
     check_same,
     check_shape,
     check_wide,
+    signature,
 )
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.scan.custom_op import scan
 from ssm_modal.kernels.sequences import Sequences, check_packing
 
 OP = "selective_scan"
+
+# Signatures of calls whose arguments passed every check.
+_passed: set[tuple[object, ...]] = set()
+_MOST_PASSED = 4096
 
 
 @overload
@@ -135,7 +140,16 @@ def selective_scan(
         BackendError: the backend asked for cannot serve this call.
     """
     check_flags(OP, delta_softplus=delta_softplus, reverse=reverse, return_final_state=return_final_state)
-    B, C, seqs = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    # What passed once passes again: checking takes longer than a short scan.
+    seen = None if cu_seqlens is not None else signature((u, delta, A, B, C, D, z, delta_bias, initial_state))
+    seqs: Sequences | None = None
+    if seen is not None and seen in _passed:
+        B = B if B.ndim == 4 else B.unsqueeze(2)
+        C = C if C.ndim == 4 else C.unsqueeze(2)
+    else:
+        B, C, seqs = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+        if seen is not None and len(_passed) < _MOST_PASSED:
+            _passed.add(seen)
     chosen = resolve(OP, u.device, u.dtype, backend)
     # Nothing to compute, or one step at most: kernels need not know of empty axes.
     if u.numel() == 0:
@@ -143,7 +157,7 @@ def selective_scan(
     out, final = scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse, chosen
     )
-    return (out, final) if return_final_state else out
+    return (out, final.contiguous()) if return_final_state else out
 
 
 def check_scan(

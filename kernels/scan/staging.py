@@ -208,8 +208,11 @@ def stage_rows(
     STAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):
     """Store steps first ... first + STAGE - 1 of B, and behind them of C, in fp32 at `base`.
+
+    Those AHEAD steps further are then asked for, to be near when their turn comes; none where it is 0.
 
     b_row, c_row: pointers to step 0, c_row None for B alone; step: 1 or -1. Rows from step `count` on are 0.
     """
@@ -217,12 +220,24 @@ def stage_rows(
         stage_wait()
         if BRING is not None:
             _bring_rows(
-                base, b_row, first, count, step, b_stride, BRING, BROUGHT, WIDE, STAGE, BLOCK_N, BLOCK_D
+                base,
+                b_row,
+                first,
+                count,
+                step,
+                b_stride,
+                BRING,
+                BROUGHT,
+                WIDE,
+                STAGE,
+                BLOCK_N,
+                BLOCK_D,
+                AHEAD,
             )
             if c_row is not None:
                 _bring_rows(
                     base + STAGE * BLOCK_N * 4, c_row, first, count, step, c_stride, BRING, BROUGHT, WIDE,
-                    STAGE, BLOCK_N, BLOCK_D,
+                    STAGE, BLOCK_N, BLOCK_D, AHEAD,
                 )  # fmt: skip
         else:
             # Few rows at a time: every load of a piece takes registers for its address.
@@ -261,6 +276,7 @@ def _bring_rows(
     STAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     A_ROW: tl.constexpr = BLOCK_N // BROUGHT
     PIECES: tl.constexpr = STAGE * A_ROW if STAGE * A_ROW < 32 else 32
@@ -281,6 +297,17 @@ def _bring_rows(
             is_pure=False,
             pack=1,
         )
+        if AHEAD != 0:
+            next_row = tl.maximum(tl.minimum(first + AHEAD + j, count - 1), 0)
+            coming = row + row_offset(next_row * step, stride, n, WIDE)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [coming.to(tl.int64, bitcast=True)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit

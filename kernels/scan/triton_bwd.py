@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.scan.channel_sum import channel_sum, sums_bytes
+from ssm_modal.kernels.scan.channel_sum import channel_sum, in_order, memory_states, sums_bytes
 from ssm_modal.kernels.scan.chunk_kernels import chunk_grad_kernel
 from ssm_modal.kernels.scan.grad_kernels import grad_kernel
 from ssm_modal.kernels.scan.keeping import kept_states
@@ -190,7 +190,7 @@ def selective_scan_bwd(
     splits = triton.cdiv(blocks_per_group, blocks_per_split)
     partials = splits if deterministic else 1
     partial = torch.zeros(
-        (partials, batch, length, groups, 2, max(4, padded_state(d_state))),
+        (partials, batch, length, groups, 2, memory_states(padded_state(d_state))),
         dtype=torch.float32,
         device=u.device,
     )
@@ -260,7 +260,8 @@ def selective_scan_bwd(
         maxnreg=launch.bwd_registers,
         **options,
     )
-    both = (partial[0] if partials == 1 else partial.sum(0))[..., :d_state]
+    both = partial[0] if partials == 1 else partial.sum(0)
+    both = in_order(both[..., : padded_state(d_state)], launch.block)[..., :d_state]
     return (
         du,
         ddelta,

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.dispatch import interpreting
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import softplus
@@ -315,7 +316,7 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.cuda.device_of(args[0]):
+        with gpu_of(args[0]):
             return function(*args, **kwargs)
 
     return run

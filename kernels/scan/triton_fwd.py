@@ -61,7 +61,7 @@ def selective_scan_fwd(
     fp16, any strides. A: (d_inner, d_state), D, delta_bias: (d_inner,), initial_state: (batch or sequences,
     d_inner, d_state), fp32. `launch` overrides the table of `launch.py` (the backward must be given the
     same). Returns out (batch, length, d_inner) in the dtype of u, the final state (batch or sequences,
-    d_inner, d_state) fp32, and the states entering the chunks, `boundaries_shape`, fp32, for
+    d_inner, d_state) fp32, of any strides, and the states entering the chunks, `boundaries_shape`, fp32, for
     `selective_scan_bwd`.
     """
     batch, length, d_inner = u.shape
@@ -174,7 +174,7 @@ def selective_scan_fwd(
         maxnreg=launch.serial_registers if launch.serial else launch.fwd_registers,
         **options,
     )
-    return out, final.transpose(1, 2).contiguous(), states
+    return out, final.transpose(1, 2), states
 
 
 @functools.lru_cache(maxsize=512)

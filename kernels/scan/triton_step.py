@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
+from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.triton_math import LOG2E, silu, softplus
 
 # States of one program: few, so that one row of a small model still spreads over many multiprocessors.
@@ -139,7 +140,7 @@ def selective_scan_step_triton(
     u, delta = _row(u), _row(delta)
     z = None if z is None else _row(z)
     block_d, block_n = _blocks(d_inner, d_state)
-    with torch.cuda.device_of(u):
+    with gpu_of(u):
         scan_step_kernel[(batch * -(-d_inner // block_d),)](
             u,
             delta,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ssm_modal.errors import CheckpointError
+from ssm_modal.errors import CheckpointError, listed
 
 Shape = Sequence[int]
 
@@ -21,7 +21,8 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> N
 
 
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: str, model: str) -> None:
-    """Raise CheckpointError, with every difference, unless `found` has the names and shapes of `expected`.
+    """Raise CheckpointError, with the first differences of each kind, unless `found` has the names and shapes
+    of `expected`.
 
     source, model: what the error calls the place and the model.
     """
@@ -35,6 +36,6 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], sour
         "unexpected": sorted(found.keys() - expected.keys()),
         "of another shape": shapes,
     }
-    problems = [f"{title}: {', '.join(names)}" for title, names in lists.items() if names]
+    problems = [f"{title}: {listed(names, 16)}" for title, names in lists.items() if names]
     if problems:
         raise CheckpointError(f"{source} does not fit {model}; {'; '.join(problems)}")

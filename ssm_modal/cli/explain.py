@@ -166,7 +166,7 @@ def _strongest(found: Attribution, labels: Sequence[str] | None) -> str:
 
 def _picture(explained: Explained, found: Attribution, names: Sequence[str]) -> bytes:
     figure = new_figure(*explained.size)
-    figure.suptitle(_title(found, names), fontsize=9)
+    figure.suptitle(_title(found, names), fontsize=9, parse_math=False)
     explained.draw(figure, _first(found.relevance))
     return png(figure)
 

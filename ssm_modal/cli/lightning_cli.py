@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -23,7 +24,7 @@ from ssm_modal.cli.configs import find_config
 from ssm_modal.cli.csv_logger import CsvLogger
 from ssm_modal.cli.run_folder import RunFolder, given_option, seeded_run_dir
 from ssm_modal.cli.suggest import check_keys, merged, option_tree, read_yaml
-from ssm_modal.errors import ConfigError
+from ssm_modal.errors import CheckpointError, ConfigError
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.left_out import write_left_out
 
@@ -259,6 +260,7 @@ class TrainingCLI(LightningCLI):
                 if aside is not None:
                     say(f"the earlier run in {self.folder.path} is now in {aside}")
             else:
+                self._check_resume(self.resume_from)
                 self._forget_after_checkpoint()
             self.save_config()
         size = sum(p.numel() for p in self.model.parameters())
@@ -281,6 +283,21 @@ class TrainingCLI(LightningCLI):
             check = getattr(owner, name, None)
             if check is not None:
                 check(*arguments)
+
+    def _check_resume(self, path: Path) -> None:
+        """A checkpoint of something else must not cost the run its config and logs: ask the model and the
+        data what the trainer will ask them."""
+        checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        self.trainer.state.fn = TrainerFn.FITTING
+        self.model.trainer = self.trainer
+        kept = checkpoint.get(type(self.datamodule).__qualname__)
+        try:
+            self.model.on_load_checkpoint(checkpoint)
+            if self.datamodule is not None and kept is not None:
+                self.datamodule.trainer = self.trainer
+                self.datamodule.load_state_dict(kept)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     def _forget_after_checkpoint(self) -> None:
         """Drop the logged rows of steps that will be taken again."""

@@ -21,7 +21,7 @@ from ssm_modal.errors import ConfigError, closest, nearest
 
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _NOISE = re.compile(
-    r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
+    r"^((- )?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
     r"|- Expected a <class 'NoneType'>.*)$"
 )
 

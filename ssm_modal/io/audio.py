@@ -222,6 +222,8 @@ def _opened(path: Path) -> Iterator[tuple[AudioFile, Any]]:
         source = soundfile.SoundFile(str(path))
     except (soundfile.SoundFileError, TypeError) as error:
         reason = getattr(error, "error_string", None) or str(error)
+        if reason.startswith("File does not exist"):  # what libsndfile says of an MP3 that is cut short
+            reason = "broken or cut short"
         raise AudioError(
             path, f"cannot be read as audio ({reason.rstrip('.')}), expected WAV, FLAC, OGG or MP3"
         ) from error

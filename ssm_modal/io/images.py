@@ -69,12 +69,14 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
     if channels not in _MODES:
         raise ValueError(f"channels is {channels!r}, expected 1 (grey) or 3 (RGB)")
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ImportError('images need Pillow: pip install "ssm-modal[vision]"') from error
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r}: there is no such file")
+    if file.stat().st_size == 0:
+        raise ImageError(file, "the file is empty (0 bytes), expected an image")
     try:
         with Image.open(file) as image:
             if image.mode.startswith(_DEEP):
@@ -84,6 +86,9 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
             return image.convert(_MODES[channels])
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        problem = "cannot be read as an image: no format that Pillow knows, expected PNG, JPEG or such"
+        raise ImageError(file, problem) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise any of these for a file that is no image or a broken one.
         raise ImageError(file, f"cannot be read as an image ({error})") from None
@@ -103,12 +108,17 @@ def find_images(
         `validation`) and `test`. "none": any files, no labels.
     suffixes: endings of the files that are taken.
 
-    Raises FileNotFoundError where there is no image, ImageError for an image without a label and for a class
+    Raises FileNotFoundError where there is no image, NotADirectoryError where labels by folder are asked of a
+    file, ImageError for an image without a label and for a class
     folder without an image (or leaves them out).
     """
     if labels not in ("folder", "none"):
         raise ValueError(f'labels is {labels!r}, expected "folder" or "none"')
     root = expand_path(path)
+    if labels == "folder" and root.is_file():
+        raise NotADirectoryError(
+            f"path is {str(root)!r}, a file, expected a folder with a folder a label in it"
+        )
     files = text_files(root, suffixes)
     if labels == "none":
         return FoundImages([ImageFile(file) for file in files])
@@ -131,14 +141,14 @@ def find_images(
 def _labelled(root: Path, files: Sequence[Path], split: str | None, skip_bad: bool) -> FoundImages:
     found = FoundImages([])
     for file in files:
-        inside = file.relative_to(root).parts if root.is_dir() else (file.name,)
+        inside = file.relative_to(root).parts
         if len(inside) < 2:
             problem = f"has no label: it stands in {root} itself, expected a folder named by the label"
             _bad(found.left_out, file, problem, skip_bad)
         else:
             found.files.append(ImageFile(file, inside[0], split))
     full = {one.label for one in found.files}
-    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+    for folder in sorted(root.iterdir()):
         if folder.is_dir() and not folder.name.startswith(".") and folder.name not in full:
             problem = "is a class folder without an image, expected one or more, or no such folder"
             _bad(found.left_out, folder, problem, skip_bad)

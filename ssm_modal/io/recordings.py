@@ -70,8 +70,9 @@ def find_recordings(
         `split` are taken too where it has them. "none": no labels.
     suffixes: endings of the files that are taken.
 
-    Raises FileNotFoundError where there is no file, AudioError for a file without a label (or left out),
-    ValueError for a pattern that is no regular expression or has no group for the label.
+    Raises FileNotFoundError where there is no file, NotADirectoryError where labels by folder are asked of a
+    file, AudioError for a file without a label (or left out), ValueError for a pattern that is no regular
+    expression or has no group for the label.
     """
     if labels not in ("folder", "pattern", "none"):
         raise ValueError(f'labels is {labels!r}, expected "folder", "pattern" or "none"')
@@ -79,6 +80,10 @@ def find_recordings(
         raise ValueError(f"labels is {labels!r} and pattern is {pattern!r}, expected both or neither")
     regex = None if pattern is None else _compiled(pattern)
     root = expand_path(path)
+    if labels == "folder" and root.is_file():
+        raise NotADirectoryError(
+            f"path is {str(root)!r}, a file, expected a folder with a folder a label in it"
+        )
     found = Found([])
     for file in text_files(root, suffixes):
         try:
@@ -87,7 +92,7 @@ def find_recordings(
             elif labels == "none":
                 found.recordings.append(Recording(file))
             else:
-                inside = file.relative_to(root).parts if root.is_dir() else (file.name,)
+                inside = file.relative_to(root).parts
                 if len(inside) < 2:
                     raise AudioError(
                         file,

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ssm_modal.plots.figure import new_figure, png
+from ssm_modal.plots.figure import new_figure, png, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
+
+_LETTERS = 32  # of a line over a panel
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class Example:
 
     @property
     def title(self) -> str:
-        """The decision in words."""
-        said = f"{self.predicted} ({100 * self.probability:.1f} %)"
+        """The decision in words, in two lines where one would be too long for a panel."""
+        said = f"{shortened(self.predicted, _LETTERS)} ({100 * self.probability:.1f} %)"
         if self.label is None or self.label == self.predicted:
             return said
-        return f"{said}, is {self.label}"
+        is_so = f"is {shortened(self.label, _LETTERS)}"
+        return f"{said}, {is_so}" if len(said) + len(is_so) <= _LETTERS else f"{said},\n{is_so}"
 
 
 def examples_plot(
@@ -47,6 +50,7 @@ def examples_plot(
     panels = figure.subfigures(rows, columns, squeeze=False).flatten()
     for panel, example in zip(panels, examples):
         wrong = example.label is not None and example.label != example.predicted
-        panel.suptitle(example.title, fontsize=9, color="firebrick" if wrong else "black")
+        color = "firebrick" if wrong else "black"
+        panel.suptitle(example.title, fontsize=9, color=color, parse_math=False)
         draw(panel, example.number)
     return png(figure, dpi)

@@ -1,4 +1,4 @@
-"""Figures without a display, and their PNG."""
+"""Figures without a display, their PNG, and names short enough to stand on them."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=dpi)
     return out.getvalue()
+
+
+def shortened(name: str, most: int) -> str:
+    """`name`, its middle left out where it has more than `most` characters."""
+    if len(name) <= most:
+        return name
+    return f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"

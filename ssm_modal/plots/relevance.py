@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 80  # characters a line of tokens
 MOST_TOKENS = 2000  # of more, a track is drawn
-BINS = 1000  # what a picture resolves along the time
+_AXES = 0.8  # of a panel's width, what its axes take at least
 
 
 def draw_waveform_relevance(
@@ -31,7 +31,7 @@ def draw_waveform_relevance(
     """
     wave = waveform.detach().float().cpu()
     n = wave.shape[0]
-    size, edges, sums = _binned(relevance, n)
+    size, edges, sums = _binned(relevance, n, panel)
     # A line from the lowest to the highest sample of each pixel, up to where the next one begins.
     next_first = torch.cat([wave[size::size], wave[-1:]])
     low = torch.minimum(-_blocks(-wave, size, -torch.inf).amax(1), next_first)
@@ -41,7 +41,11 @@ def draw_waveform_relevance(
     colors, norm = _scale(sums)
     thin = 0.004  # never of no height at all
     above.vlines(
-        seconds.numpy(), (low - thin).numpy(), (high + thin).numpy(), colors=colors(norm(sums.numpy()))
+        seconds.numpy(),
+        (low - thin).numpy(),
+        (high + thin).numpy(),
+        colors=colors(norm(sums.numpy())),
+        linewidth=0.9,
     )
     above.set_ylabel("amplitude", fontsize=7)
     above.set_facecolor("0.93")  # white stands for no relevance, and is to be seen
@@ -55,7 +59,7 @@ def draw_track(
     panel: Figure | SubFigure, relevance: Tensor, *, start: int = 0, unit: str = "position"
 ) -> None:
     """Draw relevance (n,) over positions from `start` on, summed over the positions of a pixel."""
-    size, edges, sums = _binned(relevance, relevance.shape[0])
+    size, edges, sums = _binned(relevance, relevance.shape[0], panel)
     axes = panel.subplots()
     _bars(axes, start + (edges[:-1] + edges[1:]) / 2 - 0.5, sums, float(size))
     axes.set_xlabel(unit, fontsize=8)
@@ -115,11 +119,13 @@ def token_lines(tokens: Sequence[str]) -> int:
 
 
 def draw_image_relevance(panel: Figure | SubFigure, image: Tensor, relevance: Tensor) -> None:
-    """Draw `image` and, beside it, the relevance over its grey shadow.
+    """Draw `image` and, beside it, the relevance over its grey shadow and its scale below.
 
     image: (height, width, channels), 1 or 3 of them, from 0 to 1. relevance: (rows, columns) of pixels or of
     patches, laid over the whole image.
     """
+    from matplotlib.ticker import MaxNLocator
+
     shown = image.detach().float().cpu().clamp(0, 1)
     grey = shown.mean(-1).numpy()
     values = relevance.detach().float().cpu()
@@ -132,19 +138,22 @@ def draw_image_relevance(panel: Figure | SubFigure, image: Tensor, relevance: Te
     over = right.imshow(
         values.numpy(), cmap=colors, norm=norm, alpha=0.65, extent=extent, interpolation="nearest"
     )
-    bar = panel.colorbar(over, ax=right, shrink=0.8)
+    bar = panel.colorbar(over, ax=right, location="bottom", shrink=0.9, aspect=15, ticks=MaxNLocator(4))
+    bar.set_label("relevance", fontsize=7)
     bar.ax.tick_params(labelsize=6)
     for axes in (left, right):
         axes.set_xticks([])
         axes.set_yticks([])
 
 
-def _binned(relevance: Tensor, n: int) -> tuple[int, Tensor, Tensor]:
-    """(positions a bin, the bins' edges (bins + 1,), summed relevance (bins,)) for n positions."""
+def _binned(relevance: Tensor, n: int, panel: Figure | SubFigure) -> tuple[int, Tensor, Tensor]:
+    """(positions a bin, the bins' edges (bins + 1,), summed relevance (bins,)) for n positions, no bin
+    narrower than a pixel of `panel`: a narrower bar might not be seen."""
+    bins = max(1, int(_AXES * panel.bbox.width))
     values = relevance.detach().float().cpu()
     steps = values.shape[0]
     stride = -(-n // steps)
-    size = max(1, -(-n // BINS))
+    size = max(1, -(-n // bins))
     size = -(-size // stride) * stride  # whole steps in each bin
     sums = _blocks(values, size // stride, 0.0).sum(1)
     edges = torch.arange(sums.shape[0] + 1) * float(size)

@@ -19,6 +19,7 @@ def draw_waveform(panel: Figure | SubFigure, waveform: Tensor, sample_rate: int)
     above, below = panel.subplots(2, 1, sharex=True)
     above.plot(torch.arange(wave.shape[0]).numpy() / sample_rate, wave.numpy(), linewidth=0.5)
     above.set_ylim(-1, 1)
+    above.set_ylabel("amplitude", fontsize=7)
     window = max(2, round(0.032 * sample_rate))
     spectrum = torch.stft(
         wave,

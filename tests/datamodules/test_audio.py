@@ -415,6 +415,16 @@ def test_presets_are_found_below_the_data_folder(tmp_path: Path, monkeypatch: py
         AudioDataModule(source="free_spoken_digits", sample_rate=8000).setup()
 
 
+def test_all_recordings_are_predicted_in_the_order_of_their_names(folder: Path) -> None:
+    names = [f"{label}_{i}.wav" for label in ("no", "yes") for i in range(10)]
+    for options in ({}, {"source": "unlabelled"}):
+        data = module(folder, predict="all", **options)
+        assert [Path(file).name for file in data.predicted_files()] == names
+        told = [int(n) for batch in data.predict_dataloader() for n in batch["recordings"]]
+        assert told == list(range(20))
+        assert data.example_input("predict", 13).shape == (1, LENGTHS[3])
+
+
 def test_bad_arguments_are_named(folder: Path) -> None:
     for options, word in (
         ({"source": "tape"}, "source is 'tape'"),
@@ -429,6 +439,8 @@ def test_bad_arguments_are_named(folder: Path) -> None:
         ({"pattern": "(a)"}, "pattern is given with source 'folder'"),
         ({"left_out_speaker": "ann"}, "left_out_speaker is given with source 'folder'"),
         ({"unknown": True}, "unknown is given"),
+        ({"words": 10}, "words is given with source 'folder'"),
+        ({"source": "manifest", "suffixes": [".aif"]}, "suffixes is given with source 'manifest'"),
         ({"root": "."}, "root is given"),
         ({"path": None}, "path is None with source 'folder'"),
         ({"num_workers": -1}, "num_workers is -1"),
@@ -445,6 +457,8 @@ def test_bad_arguments_are_named(folder: Path) -> None:
     ):
         with pytest.raises(ValueError, match=word):
             module(folder, **options)
+    with pytest.raises(NotADirectoryError, match=r"no_0\.wav', a file, expected a folder with a folder"):
+        module(folder / "no" / "no_0.wav").setup()
     with pytest.raises(ValueError, match="split is 'valid'"):
         module(folder).clips("valid")
     with pytest.raises(AudioError, match=r"\.wav: the sample rate is 8000 Hz, expected 16000 Hz"):

@@ -155,6 +155,10 @@ def test_a_folder_is_split_by_class(tmp_path: Path) -> None:
     batch = data.batches("train").make_training(0, 0, 1)
     red = batch["images"][:, 0].mean((1, 2)) > batch["images"][:, 2].mean((1, 2))
     assert torch.equal(red, batch["labels"] == 0)
+    every = [str(file) for file in sorted(tmp_path.rglob("*.png"))]
+    assert folder(tmp_path, predict="all").predicted_files() == every  # whatever their splits
+    with pytest.raises(NotADirectoryError, match="a file, expected a folder with a folder a label in it"):
+        folder(Path(every[0])).classes  # noqa: B018
     unlabelled = folder(tmp_path, source="unlabelled", predict="all")
     assert len(unlabelled.predicted_files()) == 16
     loader = unlabelled.predict_dataloader()
@@ -230,6 +234,7 @@ def test_a_checkpoint_of_another_input_is_refused(tmp_path: Path) -> None:
         ({"mean": [0.5]}, "mean holds 1 numbers, expected 3"),
         ({"image_size": [1, 2, 3]}, r"image_size is \(1, 2, 3\), expected one number"),
         ({"path": None}, "path is None with source 'folder'"),
+        ({"source": "mnist", "suffixes": [".gif"]}, "suffixes is given with source 'mnist'"),
         ({"crop_pct": 0.0}, "crop_pct is 0.0, expected above 0"),
     ],
 )

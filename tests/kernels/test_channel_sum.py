@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ssm_modal.kernels.scan.channel_sum import APART, WARP, assembly
+from ssm_modal.kernels.scan.channel_sum import APART, WARP, assembly, in_order
 from tests.kernels.test_aot import run_without_interpreter
 
-SHAPES = [(16, 32), (8, 32), (4, 32), (2, 32), (1, 32), (32, 16), (64, 8), (128, 4), (256, 2)]
+SHAPES = [(16, 32), (32, 16), (64, 8), (128, 4), (256, 2)]
 LANES = torch.arange(WARP)
 MMA = re.compile(r"mma\S+ \{(.*?)\}, \{(.*?)\}, \{(.*?)\}, \{(.*?)\}")
 
@@ -112,11 +112,27 @@ def run(code: str, values: dict[str, torch.Tensor], memory: torch.Tensor | None)
             raise AssertionError(f"unknown instruction {line}")
 
 
+RED = re.compile(r"red\.global\.add(\.v\d)?\.f32 \[\$(\d+) \+ (\d+)\], \{?([^}]*?)\}?$")
+
+
+def places(block_n: int, block_d: int, held: int) -> torch.Tensor:
+    """(32,): where the first sum of each lane belongs; the same arithmetic as in `sum_place`."""
+    states, channel = block_n * block_d // WARP, LANES % block_d
+    if block_d >= 4:
+        v = channel // 4 * held
+        tile, i = v // 4, 4 * (channel % 4) + v % 4
+    else:
+        v = channel * held
+        tile, i = v // states, v % states
+    return tile * block_n + LANES // block_d * states + i
+
+
+@pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("block_n", "block_d"), SHAPES)
-def test_every_sum_lands_in_its_place(block_n: int, block_d: int, split: bool) -> None:
-    """Each state's sum of either tile once, in the lane and register that `sum_places` says hold it."""
-    code = assembly(block_n, block_d, split, shared=False, vectors=True)
+def test_every_sum_lands_in_its_place(block_n: int, block_d: int, split: bool, vectors: bool) -> None:
+    """Each state's sum of either tile is added once, where `in_order` finds it."""
+    code = assembly(block_n, block_d, split, shared=False, vectors=vectors)
     held = block_n * block_d // WARP
     assert len(code.sums_constraints.split(",")) == 4 * held
     tiles = [torch.randn(block_n, block_d) for _ in range(2)]
@@ -125,27 +141,37 @@ def test_every_sum_lands_in_its_place(block_n: int, block_d: int, split: bool) -
     n = torch.arange(held)[:, None] * rest + (LANES // block_d)[None, :]
     out = run_tiles(code.sums, [tile[n, channel.expand_as(n)] for tile in tiles])
 
-    # The same arithmetic as in `sum_places`.
-    found, times = torch.zeros(2, block_n), torch.zeros(2, block_n)
-    for register in range(code.held):
-        for at in range(WARP):
-            dl = int(channel[at])
-            if block_d >= 4:
-                v = dl // 4 * code.held + register
-                tile, i = v // 4, 4 * (dl % 4) + v % 4
-            else:
-                v = dl * code.held + register
-                tile, i = v // held, v % held
-            if i < held:
-                state = i * rest + at // block_d
-                found[tile, state] += out[register, at]
-                times[tile, state] += 1
-    assert times.tolist() == [[1.0] * block_n] * 2
+    found, times = torch.zeros(2 * block_n), torch.zeros(2 * block_n)
+    first = places(block_n, block_d, code.held)
+    added = []
+    for line in (part.strip() for part in code.add.split(";") if "red" in part):
+        vector, address, at, names = RED.match(line).groups()
+        assert int(address) == 2 * held
+        registers = [int(name.strip()[1:]) - held for name in names.split(",")]
+        assert vector == (f".v{len(registers)}" if len(registers) > 1 else None)
+        assert int(at) % (4 * len(registers)) == 0
+        assert not (first % len(registers)).any(), "vectors must be aligned"
+        for k, register in enumerate(registers):
+            found[first + int(at) // 4 + k] += out[register]
+            times[first + int(at) // 4 + k] += 1
+        added += registers
+    assert added == list(range(code.held))
+    assert (len(added) > code.add.count("red")) == (vectors and code.held > 1)
+    assert times.tolist() == [1.0] * (2 * block_n)
     exact = split or block_d < 4
     wanted = torch.stack([tile.sum(1) for tile in tiles])
-    torch.testing.assert_close(found, wanted, rtol=1e-5 if exact else 1e-3, atol=1e-5 if exact else 2e-2)
-    assert len(code.add_constraints.split(",")) == 4 * held
-    assert code.add.count("red.global.add.f32") == code.held
+    torch.testing.assert_close(
+        in_order(found.view(2, block_n), block_d),
+        wanted,
+        rtol=1e-5 if exact else 1e-3,
+        atol=1e-5 if exact else 2e-2,
+    )
+    assert len(code.add_constraints.split(",")) == 3 * held
+
+
+def test_few_states_meet_in_shared_memory_alone() -> None:
+    with pytest.raises(ValueError, match="take fewer steps"):
+        assembly(8, WARP, False, shared=False, vectors=True)
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -252,3 +252,33 @@ def test_large_steps_and_small_steps() -> None:
         assert isinstance(expected, Tensor)
         for t in range(6):
             assert_close(out[:, t], expected[:, t], OUTPUT[torch.float32], f"{backend}, step {t}")
+
+
+def test_arguments_that_passed_are_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same shapes, dtypes and devices pass; anything else is checked, whatever passed before."""
+    from ssm_modal.kernels.scan import op
+
+    monkeypatch.setattr(op, "_passed", set())
+    checked = []
+    whole = op.check_scan
+    monkeypatch.setattr(op, "check_scan", lambda *a: checked.append(a) or whole(*a))
+    given = {
+        "u": ones(1, 3, 4),
+        "delta": ones(1, 3, 4),
+        "A": -ones(4, 2),
+        "B": ones(1, 3, 2),
+        "C": ones(1, 3, 2),
+    }
+    first = selective_scan(**given, D=ones(4))
+    again = selective_scan(**{n: t.clone() for n, t in given.items()}, D=ones(4))
+    assert torch.equal(first, again)
+    assert len(checked) == 1
+    for change in ({"D": ones(3)}, {"D": ones(4).double()}, {"z": ones(1, 3, 4).half()}, {"D": [1.0] * 4}):
+        with pytest.raises((TypeError, ValueError)):
+            selective_scan(**given, **change)
+    assert torch.equal(
+        selective_scan(**given, D=ones(4), cu_seqlens=torch.tensor([0, 1, 3])),
+        selective_scan(**given, D=ones(4), cu_seqlens=Sequences.from_lengths((1, 2), CPU)),
+    )
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        selective_scan(**given, D=ones(4), cu_seqlens=torch.tensor([0, 1, 4]))

@@ -195,6 +195,9 @@ def test_weights_of_another_architecture_are_listed(tmp_path: Path) -> None:
     save_file({**tensors, "extra": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"unexpected: extra"):
         ssm_modal.load_pretrained(tmp_path)
+    save_file({f"extra{i:02}": torch.zeros(1) for i in range(20)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unexpected: extra00, .*, extra15 and 4 more"):
+        ssm_modal.load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -10])

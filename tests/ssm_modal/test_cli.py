@@ -114,6 +114,12 @@ def test_data_that_does_not_fit_leaves_the_earlier_run_where_it_is(
     assert not (tmp_path / "run.1").exists()
 
 
+def test_a_value_inside_an_optional_config_is_said_plainly(capsys: Capture) -> None:
+    fit = ["fit", "--config", "audio/recordings.yaml", "--data.init_args.augment.gain_db", "-3"]
+    assert main(fit) == 2
+    assert capsys.readouterr().err.endswith("error: gain_db is -3.0, expected 0 or more\n")
+
+
 def test_a_missing_gpu_is_said_plainly(tmp_path: Path, capsys: Capture) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

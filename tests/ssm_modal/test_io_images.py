@@ -35,7 +35,10 @@ def test_an_image_is_read_in_the_channels_asked_for(tmp_path: Path) -> None:
 def test_bad_images_are_named(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_text("no image")
-    with pytest.raises(ImageError, match=r"a\.png: cannot be read as an image"):
+    with pytest.raises(ImageError, match=r"a\.png: cannot be read as an image: no format .* expected PNG"):
+        read_image(file)
+    file.write_bytes(b"")
+    with pytest.raises(ImageError, match=r"a\.png: the file is empty \(0 bytes\), expected an image"):
         read_image(file)
     whole = tmp_path / "b.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(whole)

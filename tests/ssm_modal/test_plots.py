@@ -28,6 +28,36 @@ def test_a_confusion_matrix_of_every_size_is_a_png() -> None:
         assert png.startswith(b"\x89PNG")
 
 
+def test_class_names_are_no_formulas_and_leave_room_for_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(
+        "ssm_modal.plots.confusion.new_figure", lambda w, h: made.append(new_figure(w, h)) or made[-1]
+    )
+    confusion_plot(torch.eye(2, dtype=torch.int64), ["$a_b$", "x" * 50 + "y" * 50], dpi=40)
+    axes = made[0].axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["$a_b$", "x" * 12 + "…" + "y" * 11]
+    assert not any(text.get_parse_math() for text in [*axes.get_xticklabels(), *axes.get_yticklabels()])
+    assert axes.get_window_extent().width > 0.3 * made[0].bbox.width
+    confusion_plot(torch.eye(250, dtype=torch.int64), [f"class {i}" for i in range(250)], dpi=40)
+    labels = made[1].axes[0].get_xticklabels()
+    assert [text.get_text() for text in labels[:3]] == ["class 0", "class 3", "class 6"]
+    heights = [text.get_window_extent() for text in made[1].axes[0].get_yticklabels()[:2]]
+    assert heights[0].y0 >= heights[1].y1 - 1  # one line does not reach into the next
+
+
+def test_a_long_decision_takes_two_lines_that_fit_its_panel() -> None:
+    widths: list[float] = []
+
+    def draw(panel: Any, number: int) -> None:
+        text = panel._suptitle
+        widths.append(text.get_window_extent(panel.get_figure(root=True).canvas.get_renderer()).width)
+        assert text.get_text().count("\n") == 1
+        assert widths[-1] <= panel.bbox.width
+
+    examples_plot([Example(i, "$white $hark" * 9, 0.9, "tiger" * 20) for i in range(2)], draw, dpi=40)
+    assert len(widths) == 2
+
+
 def test_each_example_is_drawn_in_a_panel_with_its_decision() -> None:
     examples = [Example(7, "a", 0.75, "b"), Example(9, "b", 0.5, None), Example(2, "a", 1.0, "a")]
     drawn: list[tuple[int, str, Any]] = []
@@ -73,7 +103,7 @@ def test_a_waveform_takes_the_colour_of_what_its_samples_count() -> None:
     draw_waveform_relevance(figure, wave, relevance, 8000)
     above, below = figure.axes
     bars = below.patches
-    # 1000 pixels at most: a step is four samples too many, so a pixel is a step.
+    # 320 bars at most, of 13 samples: a step is more, so a bar is a step.
     assert len(bars) == 250
     assert [bar.get_height() for bar in bars] == relevance.tolist()
     assert bars[200].get_x() == pytest.approx(200 * 16 / 8000)
@@ -84,6 +114,18 @@ def test_a_waveform_takes_the_colour_of_what_its_samples_count() -> None:
     lines = above.collections[0].get_segments()
     assert lines[0][0][1] == pytest.approx(-0.5, abs=0.005)
     assert lines[0][1][1] == pytest.approx(float(wave[16]), abs=0.005)
+
+
+def test_no_bar_of_relevance_is_narrower_than_a_pixel() -> None:
+    figure = new_figure(6.4, 3)
+    left, _ = figure.subfigures(1, 2)
+    relevance = torch.zeros(100_000)
+    relevance[70_001] = 5.0
+    draw_waveform_relevance(left, torch.zeros(100_000), relevance, 8000)
+    figure.canvas.draw()
+    bars = left.axes[1].patches
+    assert min(bar.get_window_extent().width for bar in bars) >= 0.85
+    assert max(bar.get_height() for bar in bars) == 5.0
 
 
 def test_tokens_stand_on_their_colours_in_lines() -> None:

@@ -78,14 +78,18 @@ def test_resume_refuses_another_architecture_and_another_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(tmp_path / "run", max_steps=2)) == 0
-    before = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    before = {f: f.read_bytes() for f in sorted((tmp_path / "run").rglob("*")) if f.is_file()}
     capsys.readouterr()
     args = [*command(tmp_path / "run", max_steps=4), "--ckpt_path=last"]
     assert main([*args, "--model.overrides.n_layers=2"]) == 1
-    assert "another architecture: backbone.n_layers is 1 there and 2 here" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "last.ckpt: the checkpoint is of another architecture: backbone.n_layers is 1 there and 2" in told
     assert main([*args, "--seed_everything=3"]) == 1
     assert "is of a run with seed 0, but this one has seed 3" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
+    # Neither the weights, nor the config and the logs of the run that they belong to.
+    assert {f: f.read_bytes() for f in sorted((tmp_path / "run").rglob("*")) if f.is_file()} == before
+    assert main([*command(tmp_path / "new", max_steps=4), f"--ckpt_path={tmp_path}/run/metrics.csv"]) == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_full_disk_leaves_the_last_good_checkpoint(
