@@ -17,34 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ssm_modal.backbone import Backbone, BackboneConfig
-from ssm_modal.heads import LanguageHead, chunked_cross_entropy, long_token_loss
+from ssm_modal.backbone import BackboneConfig
+from ssm_modal.heads import long_token_loss
 from ssm_modal.heads.chunked_loss import IGNORE, default_chunk
 from ssm_modal.layers import BidirectionalConfig, MambaConfig
-from ssm_modal.models import CausalLM, CausalLMConfig
+from ssm_modal.models import CausalLM, CausalLMConfig, MaskedLM, MaskedLMConfig
 
 GIB = 1 << 30
 CHECK_LENGTH, CHECK_SEGMENT, CHECK_CHUNK = 333, 100, 77
 TOLERANCE = 2e-4  # relative, in norm, of loss and gradients in fp32
 MASKED = 0.15
-
-
-class MaskedLM(nn.Module):
-    """A bidirectional backbone between a token embedding and a tied head, as a masked language model."""
-
-    def __init__(self, vocab_size: int, backbone: BackboneConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, backbone.d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.backbone = Backbone(backbone)
-        self.head = LanguageHead(backbone.d_model, vocab_size, rows=vocab_size, embedding=self.embedding)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """(batch, length) to (batch, length, d_model)."""
-        return self.backbone(self.embedding(ids))[0]
 
 
 @dataclass(frozen=True)
@@ -68,23 +53,18 @@ class Job:
 
     def loss(self, ids: Tensor, labels: Tensor, segment: int, chunk: int) -> Tensor:
         """The mean loss, in bounded memory."""
-        if isinstance(self.model, MaskedLM):
+        if self.bidirectional:
             self.model.backbone.gradient_checkpointing = True
-            hidden = self.model.hidden(ids)
-            total, count = chunked_cross_entropy(
-                self.model.head, self.model.parameters(), hidden, labels, chunk=chunk
-            )
-        else:
-            total, count = long_token_loss(self.model, ids, labels, segment=segment, chunk=chunk)
+        total, count = long_token_loss(
+            self.model, ids, labels, segment=None if self.bidirectional else segment, chunk=chunk
+        )
         return total / count
 
     def plain_loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         """The same by plain autograd: the whole sequence, all logits."""
-        if isinstance(self.model, MaskedLM):
+        if self.bidirectional:
             self.model.backbone.gradient_checkpointing = False
-            logits = self.model.head(self.model.hidden(ids))
-        else:
-            logits = self.model(ids)[0]
+        logits = self.model(ids)[0]
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
@@ -100,7 +80,7 @@ def build(options: argparse.Namespace, device: torch.device) -> Job:
     )
     with torch.device(device):
         model = (
-            MaskedLM(options.vocab, backbone)
+            MaskedLM(MaskedLMConfig(vocab_size=options.vocab, backbone=backbone))
             if options.bidirectional
             else CausalLM(CausalLMConfig(vocab_size=options.vocab, backbone=backbone))
         )

@@ -14,10 +14,16 @@ from torch import Tensor
 
 from ssm_modal.datamodules.audio_plan import BatchPlan, Parts
 from ssm_modal.datamodules.dna import SPLITS, build_dna_tokenizer
+from ssm_modal.datamodules.dna_masking import IGNORE
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, check_same, derived_seed, run_seed
 from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
-from ssm_modal.io.labelled_sequences import LabelledSequence, class_names, read_labelled_sequences
+from ssm_modal.io.labelled_sequences import (
+    LabelledSequence,
+    class_names,
+    read_labelled_sequences,
+    read_unlabelled_sequences,
+)
 from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement, text_of
 from ssm_modal.io.recordings import LeftOut
@@ -34,7 +40,7 @@ class LabelledDNABatches:
 
         ids (1, total) int64
         cu_seqlens (n + 1,) int64: where each begins, and the end
-        labels (n,) int64: the class
+        labels (n,) int64: the class, -100 where it is not known
         recordings (n,) int64: the place of each in `sequences`
         in_training (n,) bool: where `seen` is given, whether each stands in training
 
@@ -76,7 +82,9 @@ class LabelledDNABatches:
         batch = {
             "ids": torch.cat([self._ids(row, epoch) for row in rows])[None],
             "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), parts.sizes.cumsum(0)]),
-            "labels": torch.tensor([number[self.sequences[row].label] for row in rows], dtype=torch.int64),
+            "labels": torch.tensor(
+                [number.get(self.sequences[row].label, IGNORE) for row in rows], dtype=torch.int64
+            ),
             "recordings": parts.recording.clone(),
         }
         if self.seen is not None:
@@ -102,6 +110,8 @@ class DNAClassificationDataModule(pl.LightningDataModule):
     Args:
         path: the folder of the files. `~` and environment variables (`$NAME`, `${NAME}`) are filled in.
         train_file, val_file, test_file: their names; a validation file that is not there gives no validation.
+        predict_file: the path of what `predict` classifies: a CSV file like these, where labels may be
+            missing, or a FASTA or GenBank file. None: the test file.
         tokenizer: as for `DNADataModule`.
         batch_tokens: tokens a training batch of each process holds at most; a sequence that is longer is a
             batch of its own.
@@ -124,6 +134,7 @@ class DNAClassificationDataModule(pl.LightningDataModule):
         train_file: str = "train.csv",
         val_file: str = "dev.csv",
         test_file: str = "test.csv",
+        predict_file: str | None = None,
         tokenizer: str | dict[str, Any] = "nucleotide",
         batch_tokens: int = 1 << 13,
         eval_batch_tokens: int | None = None,
@@ -143,6 +154,7 @@ class DNAClassificationDataModule(pl.LightningDataModule):
             raise ValueError(f"num_workers is {num_workers}, expected 0 or more")
         self.path = path
         self.files = {"train": train_file, "validation": val_file, "test": test_file}
+        self.predict_file = predict_file
         self.tokenizer = build_dna_tokenizer(tokenizer)
         self.batch_tokens, self.eval_batch_tokens = batch_tokens, eval_batch_tokens or batch_tokens
         self.reverse_complement, self.skip_bad = reverse_complement, skip_bad
@@ -168,10 +180,21 @@ class DNAClassificationDataModule(pl.LightningDataModule):
         return tuple(self._left_out)
 
     def sequences(self, split: str) -> list[LabelledSequence]:
-        """The sequences of `split` ("train", "validation" or "test"), in the order of the file."""
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        """The sequences of `split` ("train", "validation", "test" or "predict"), in the order of the file."""
+        if split not in (*SPLITS, "predict"):
+            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}, predict")
         return self._prepare()[split]
+
+    def predicted_files(self) -> list[str]:
+        """The name of each sequence that is predicted: its record's, or file and line of a CSV file."""
+        name = self.input_files()[0].name
+        return [one.record or f"{name}:{one.line}" for one in self.sequences("predict")]
+
+    def input_files(self) -> list[Path]:
+        """The file that the predicted sequences stand in."""
+        if self.predict_file is not None:
+            return [expand_path(self.predict_file, "predict_file")]
+        return [expand_path(self.path) / self.files["test"]]
 
     def in_training(self, split: str) -> Tensor:
         """(sequences,) bool: which sequences of `split` stand in training, letter by letter, on either
@@ -187,7 +210,7 @@ class DNAClassificationDataModule(pl.LightningDataModule):
 
     def example_input(self, split: str, number: int) -> Tensor:
         """What the model reads of sequence `number` of "validation", "test" or "predict": (1, tokens)."""
-        one = self.sequences("test" if split == "predict" else split)[number]
+        one = self.sequences(split)[number]
         return self.tokenizer.encode_letters(letters_of(one.sequence)).unsqueeze(0)
 
     def draw_relevance(self, panel: Any, split: str, number: int, relevance: Tensor) -> None:
@@ -239,7 +262,7 @@ class DNAClassificationDataModule(pl.LightningDataModule):
         return self._evaluation("test")
 
     def predict_dataloader(self) -> ResumableLoader:
-        return self._evaluation("test")
+        return self._evaluation("predict")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint's user must know: the classes and the tokenizer."""
@@ -267,32 +290,38 @@ class DNAClassificationDataModule(pl.LightningDataModule):
         split_of: dict[str, list[LabelledSequence]] = {}
         for split in SPLITS:
             file = folder / self.files[split]
-            if split != "train" and not file.is_file():
-                split_of[split] = []
-                continue
-            found = read_labelled_sequences(file, skip_bad=self.skip_bad)
-            self._left_out += found.left_out
-            split_of[split] = []
-            if split == "train":
-                self._classes = class_names(one.label for one in found.sequences)
-            for one in found.sequences:
-                problem = self._problem(one)
-                if problem is None:
-                    split_of[split].append(one)
-                elif self.skip_bad:
-                    self._left_out.append(LeftOut(file, problem))
-                else:
-                    raise GenomeError(file, problem)
+            split_of[split] = self._read(split, file) if split == "train" or file.is_file() else []
+        split_of["predict"] = (
+            split_of["test"] if self.predict_file is None else self._read("predict", self.input_files()[0])
+        )
         warn_left_out(self._left_out, "lines")
         self._sequences = split_of
         return split_of
 
+    def _read(self, split: str, file: Path) -> list[LabelledSequence]:
+        """The good sequences of `file`; those of "train" say which classes there are."""
+        read = read_unlabelled_sequences if split == "predict" else read_labelled_sequences
+        found = read(file, skip_bad=self.skip_bad)
+        self._left_out += found.left_out
+        if split == "train":
+            self._classes = class_names(one.label for one in found.sequences)
+        good = []
+        for one in found.sequences:
+            problem = self._problem(one)
+            if problem is None:
+                good.append(one)
+            elif self.skip_bad:
+                self._left_out.append(LeftOut(file, problem))
+            else:
+                raise GenomeError(file, problem)
+        return good
+
     def _problem(self, one: LabelledSequence) -> str | None:
-        if one.label not in self._classes:
+        if one.label and one.label not in self._classes:
             known = ", ".join(self._classes)
-            return f"line {one.line}: the label is {one.label!r}, expected one of training's: {known}"
+            return f"{one.place}: the label is {one.label!r}, expected one of training's: {known}"
         if self._tokens(one) < 1:
-            return f"line {one.line}: {len(one.sequence)} bases are less than a token's {self.tokenizer.span}"
+            return f"{one.place}: {len(one.sequence)} bases are less than a token's {self.tokenizer.span}"
         return None
 
     def _tokens(self, one: LabelledSequence) -> int:

@@ -116,12 +116,17 @@ def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, State):
-        inside: Any = (getattr(value, f.name) for f in dataclasses.fields(value))
+        inside: Any = [getattr(value, f.name) for f in dataclasses.fields(value)]
     elif isinstance(value, (tuple, list)):
         inside = value
     else:
         return None
-    return next((found for one in inside if (found := _first_tensor(one)) is not None), None)
+    # A plain loop: torch.compile does not read a generator that assigns.
+    for one in inside:
+        found = _first_tensor(one)
+        if found is not None:
+            return found
+    return None
 
 
 def _split(state: State) -> tuple[list[str], list[tuple[str, Any]]]:

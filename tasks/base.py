@@ -22,6 +22,7 @@ from ssm_modal.heads.chunked_loss import IGNORE
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers import collect_routing, load_balancing_loss
 from ssm_modal.layers.moe import moe_layers
+from ssm_modal.tasks.architecture import architecture_differences
 from ssm_modal.tasks.graphed import GraphedStep
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
 from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
@@ -356,7 +357,7 @@ class TrainingTask(LightningModule):
         for one that averaged its weights where this run does not."""
         there = checkpoint.get("hyper_parameters", {}).get("model_config")
         if there is not None:
-            wrong = config_differences(there, self.model_config())
+            wrong = architecture_differences(there, self.model_config())
             if wrong:
                 raise ValueError("the checkpoint is of another architecture: " + _some(wrong))
         about = checkpoint.get(_CHECKPOINT_KEY, {})
@@ -392,18 +393,6 @@ def _parts(target: Any, source: Any, where: str, part: InitPart) -> list[tuple[s
                     f"{name.replace('_', ' ')}"
                 )
     return [(name.replace("_", " "), getattr(target, name), getattr(source, name)) for name in names]
-
-
-def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two plain configs differ, each as `key: value there, value here`."""
-    out = []
-    for key in [*there, *(k for k in here if k not in there)]:
-        a, b, name = there.get(key), here.get(key), f"{prefix}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            out += config_differences(a, b, f"{name}.")
-        elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
-            out.append(f"{name} is {a!r} there and {b!r} here")
-    return out
 
 
 def _some(items: list[str], most: int = 4) -> str:

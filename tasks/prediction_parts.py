@@ -54,8 +54,8 @@ def prediction_key(model: nn.Module, data: Any, settings: Sequence[Any]) -> str:
     """A key of (weights, the data module's settings, its files, `settings`): where any of them differs, so
     does the key.
 
-    Files are told apart by name, size and time of change: those that `data.predicted_files()` names, else all
-    at or below `data.path`.
+    Files are told apart by name, size and time of change: those that `data.predicted_files()` names and those
+    of `data.input_files()`, if it has that; where there is none, all at or below `data.path`.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in sorted(model.state_dict().items()):
@@ -84,6 +84,8 @@ def _plain(value: Any) -> Any:
 def _files(data: Any) -> list[str]:
     ask = getattr(data, "predicted_files", None)
     named = [Path(name) for name in ask()] if callable(ask) else []
+    ask = getattr(data, "input_files", None)
+    named += ask() if callable(ask) else []
     path = getattr(data, "path", None)
     if not any(file.is_file() for file in named) and isinstance(path, str):
         root = expand_path(path)

@@ -23,7 +23,7 @@ from ssm_modal.genomics.embedding_store import output_format
 from ssm_modal.genomics.places import Place, place_of, whole_record
 from ssm_modal.genomics.streaming import HiddenStates
 from ssm_modal.io.genome import Genome
-from ssm_modal.io.intervals import read_bed
+from ssm_modal.io.intervals import read_intervals
 from ssm_modal.io.nucleotides import GenomeError
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path
@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_genome_options(parser)
     add = parser.add_argument
-    add("--bed", metavar="FILE", help="intervals to embed, on their strand; default: whole records")
+    add(
+        "--bed",
+        metavar="FILE",
+        help="intervals to embed, on their strand: BED, GFF3 or GTF; default: whole records",
+    )
     add("--out", required=True, metavar="FILE", help="what is written: .safetensors, .h5 or .hdf5")
     add("--by", choices=BY, default="record", help="what a vector stands for (%(default)s)")
     add("--bin", type=int, default=1000, metavar="N", help='tokens a vector by "window" (%(default)s)')
@@ -85,10 +89,7 @@ def run(args: argparse.Namespace) -> int:
         "bed": None if bed is None else file_hash(bed),
         "skip_bad": args.skip_bad,
         **loaded.identity(),
-        **{
-            name: getattr(args, name)
-            for name in ("by", "bin", "pool", "layer", "strand", "window", "overlap")
-        },
+        **{name: getattr(args, name) for name in _SETTINGS},
     }
     progress = Progress("sequences")
     differs = embed(places, genome, loaded.tokenizer, hidden, config, target, job, progress)
@@ -120,7 +121,7 @@ def _places(
             for p in found
         ]
     else:
-        read = read_bed(bed, genome, skip_bad=left_out is not None)
+        read = read_intervals(bed, genome, skip_bad=left_out is not None)
         if left_out is not None:
             left_out += read.left_out
         found = [place_of(genome, region) for region in read.regions]

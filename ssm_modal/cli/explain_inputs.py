@@ -16,7 +16,7 @@ from ssm_modal.cli.image_inputs import ImageInput, image_input
 from ssm_modal.io.audio import audio_info, read_audio
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import open_genome
-from ssm_modal.io.nucleotides import text_of
+from ssm_modal.io.nucleotides import LetterError, text_of
 from ssm_modal.io.regions import parse_region
 from ssm_modal.io.text import read_text
 from ssm_modal.models import CausalLM, Model, SequenceClassifier, VisionMambaConfig
@@ -86,7 +86,7 @@ def read_input(
     known = find_tokenizer(place, tokenizer)
     if isinstance(known, DNATokenizer):
         _refuse("DNA", sample_rate=sample_rate)
-        return _dna(known, file, text, region, classes)
+        return _dna(known, file, text, region, classes or _vocabulary(model, known))
     if isinstance(known, MuLawTokenizer):
         _refuse("audio", region=region, text=text)
         assert file is not None  # the command asks for either
@@ -153,12 +153,17 @@ def _dna(
     if file is None:
         _refuse("the bases given by --text", region=region)
         assert text is not None
-        ids = tokenizer.encode_ids(text)
+        try:
+            ids = tokenizer.encode_ids(text)
+        except LetterError as error:
+            raise ValueError(f"--text: {error}") from None
     else:
         genome = open_genome([file], cache_folder("genomes"))
         if region is not None:
             place = parse_region(region)
-            letters, start = genome.fetch(place), place.start
+            letters = genome.fetch(place)
+            if place.strand == "+":
+                start = place.start
         elif len(genome.records) == 1:
             letters = genome.read(0)
         else:
@@ -168,6 +173,7 @@ def _dna(
                 "--region"
             )
         ids = tokenizer.encode_ids(text_of(letters))
+        start += 1  # as regions are counted
     labels = [tokenizer.decode([token]) or "-" for token in ids.tolist()]
     return _tokens(ids, labels, start, classes)
 

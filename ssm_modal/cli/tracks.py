@@ -78,14 +78,14 @@ def run(args: argparse.Namespace) -> int:
     genome = load_genome(args)
     place = region_place(genome, args.region)
     left_out: list[LeftOut] = []
+    loaded = None if args.model is None else load_model(args)  # before anything is written
     if args.coverage is not None:
         file = expand_path(args.coverage, "--coverage")
         found = coverage(
             file, genome, place.record, place.start, place.end, left_out if args.skip_bad else None
         )
         _write(folder, "coverage", found.double(), genome, place, "coverage", None)
-    if args.model is not None:
-        loaded = load_model(args)
+    if loaded is not None:
         values = likelihood_track(
             place,
             genome,

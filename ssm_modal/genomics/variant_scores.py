@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ssm_modal.genomics.log_probs import LogProbs, Query
 from ssm_modal.io.genome import Genome
-from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement
+from ssm_modal.io.nucleotides import GenomeError, N, letters_of, reverse_complement
 from ssm_modal.io.scored_variants import Scored
 from ssm_modal.io.variants import Variant
 from ssm_modal.tokenizers.dna import DNATokenizer
@@ -134,9 +134,10 @@ class VariantScorer:
         first, last = max(0, variant.start - flank), min(end, chosen.end + flank)
         whole = self.genome.read(variant.record, first, last)
         place, behind = variant.start - first, chosen.end - first
-        haplotypes = _Haplotypes(
-            whole[:place], whole[place:behind], letters_of(chosen.letters), whole[behind:]
-        )
+        ref, given = whole[place:behind].clone(), letters_of(variant.ref)
+        # Where the genome has a code of IUPAC the variant says which base is meant.
+        ref[: len(given)] = torch.where(given == N, ref[: len(given)], given)
+        haplotypes = _Haplotypes(whole[:place], ref, letters_of(chosen.letters), whole[behind:])
         plan = _Plan()
         signs = ("+", "-") if self.strands == "both" else (self.strands,)
         for sign in signs:
@@ -204,6 +205,9 @@ class VariantScorer:
         masked[hidden] = self.tokenizer.mask_id
         # A token that holds an N beside the base stands for no sequence.
         known = hidden[own[hidden] < self.tokenizer.n_concrete]
+        if changed and not len(known):
+            plan.reason = "no token of known bases alone"
+            return
         share = weight / max(1, len(known)) if overlapping else weight
         for sign, tokens in ((1.0, other), (-1.0, own)):
             plan.terms.append((len(queries), sign * share))

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ssm_modal.io.genome import Genome
-from ssm_modal.io.intervals import read_bed, read_features
+from ssm_modal.io.intervals import read_intervals
 from ssm_modal.io.nucleotides import GenomeError
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.variants import load_pysam
 
 ALIGNMENTS = (".bam", ".cram")
-_FEATURES = (".gff", ".gff3", ".gtf")
 
 
 def coverage(
@@ -29,8 +28,8 @@ def coverage(
     """Coverage of bases `start` to `end` (0-based, half-open) of record number `record`, int64 (n,).
 
     path: BED, GFF3 or GTF (intervals on either strand), or an indexed BAM or CRAM file (aligned bases of
-    reads but unmapped, secondary, failed and duplicate ones, as samtools depth counts). left_out: None
-    raises at a bad line; a list takes it with the reason.
+    reads but unmapped, secondary, failed and duplicate ones, as samtools depth counts, without N).
+    left_out: None raises at a bad line; a list takes it with the reason.
 
     Raises FileNotFoundError, and GenomeError as `read_bed` and `read_features`, for a BAM file without an
     index and for one that does not know the record.
@@ -38,19 +37,12 @@ def coverage(
     file = Path(path)
     if file.suffix.lower() in ALIGNMENTS:
         return _aligned(file, genome, record, start, end)
-    plain = Path(file.stem) if file.suffix in (".gz", ".bgz") else file
-    skip = left_out is not None
-    if plain.suffix.lower() in _FEATURES:
-        features = read_features(file, None, genome, skip_bad=skip)
-        regions, bad = [one.region for one in features.features], features.left_out
-    else:
-        found = read_bed(file, genome, skip_bad=skip)
-        regions, bad = found.regions, found.left_out
+    found = read_intervals(file, genome, skip_bad=left_out is not None)
     if left_out is not None:
-        left_out += bad
+        left_out += found.left_out
     # +1 where an interval begins, -1 behind its end, added up.
     change = torch.zeros(end - start + 1, dtype=torch.int64)
-    for region in regions:
+    for region in found.regions:
         if genome.find(region.contig) != record:
             continue
         stop = genome.records[record].length if region.end is None else region.end

@@ -159,7 +159,7 @@ class Genome:
             too_long = stop - start > self.longest()
             raise GenomeError(
                 self.files[entry.file],
-                f"{where} go past its {entry.length} bases; pad=True fills up with N"
+                f"{where} go past its {entry.length} bases"
                 + (f"; {stop - start} bases are more than any record has" if too_long else ""),
             )
 

@@ -20,6 +20,7 @@ from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.regions import Region, Strand
 from ssm_modal.io.text import expand_path
 
+FEATURE_SUFFIXES = (".gff", ".gff3", ".gtf")
 _GFF3 = re.compile(r"\s*[^=;\s\"]+=")
 _GTF = re.compile(r'\s*(?P<key>[^\s;"]+)\s+(?:"(?P<quoted>[^"]*)"|(?P<plain>[^;"\s]+))\s*(?:;|$)')
 
@@ -124,6 +125,19 @@ def read_features(
     if not any_line and not found.left_out:
         raise GenomeError(file, "holds no feature, expected lines of 9 columns")
     return found
+
+
+def read_intervals(
+    path: str | os.PathLike[str], genome: Genome | None = None, *, skip_bad: bool = False
+) -> FoundRegions:
+    """The intervals of a GFF3 or GTF file, told by its ending (.gff, .gff3, .gtf, also with .gz or .bgz), or
+    of a BED file; raises as `read_features` and `read_bed`."""
+    file = expand_path(path)
+    plain = Path(file.stem) if file.suffix in (".gz", ".bgz") else file
+    if plain.suffix.lower() not in FEATURE_SUFFIXES:
+        return read_bed(file, genome, skip_bad=skip_bad)
+    found = read_features(file, None, genome, skip_bad=skip_bad)
+    return FoundRegions([one.region for one in found.features], found.left_out)
 
 
 def _lines(file: Path, left_out: list[LeftOut] | None) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,5 @@
-"""Labelled sequences in CSV files `sequence,label`, as GUE has them (DNABERT-2, arXiv 2306.15006)."""
+"""Labelled sequences in CSV files `sequence,label`, as GUE has them (DNABERT-2, arXiv 2306.15006), and
+sequences to be classified."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ssm_modal.errors import nearest
+from ssm_modal.io.genome import GENOME_SUFFIXES, iter_records
 from ssm_modal.io.nucleotides import GenomeError, LetterError, fold_letters, open_text
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path
@@ -17,11 +19,18 @@ COLUMNS = ("sequence", "label")
 
 @dataclass(frozen=True)
 class LabelledSequence:
-    """A sequence in upper-case letters, its class, and the line of the file it ends in, from 1."""
+    """A sequence in upper-case letters, its class ("" where it is not known), and the line of the file it
+    ends in, from 1, or the name of its record."""
 
     sequence: str
     label: str
-    line: int
+    line: int = 0
+    record: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it stands in its file, for errors."""
+        return f"record {self.record!r}" if self.record else f"line {self.line}"
 
 
 @dataclass
@@ -32,10 +41,13 @@ class FoundSequences:
     left_out: list[LeftOut] = field(default_factory=list)
 
 
-def read_labelled_sequences(path: str | os.PathLike[str], *, skip_bad: bool = False) -> FoundSequences:
+def read_labelled_sequences(
+    path: str | os.PathLike[str], *, labelled: bool = True, skip_bad: bool = False
+) -> FoundSequences:
     """The sequences in the CSV file `path` (plain or gzip, UTF-8), with a header of `sequence` and `label`.
 
-    skip_bad: lines with a fault are left out and listed. Faults of the header are errors in any case.
+    labelled: False: the column `label` may be missing, and its cells empty. skip_bad: lines with a fault are
+    left out and listed. Faults of the header are errors in any case.
 
     Raises FileNotFoundError, and GenomeError naming the line for a column that is unknown, lacking or twice
     there, a line with too many or too few cells, an empty sequence or label, a letter that is no nucleotide,
@@ -50,15 +62,14 @@ def read_labelled_sequences(path: str | os.PathLike[str], *, skip_bad: bool = Fa
             for column in columns:
                 if column not in COLUMNS:
                     raise GenomeError(file, f"line 1: unknown column {column!r}; {nearest(column, COLUMNS)}")
-            if sorted(columns) != sorted(COLUMNS):
-                raise GenomeError(
-                    file, f"line 1: the columns are {columns}, expected {' and '.join(COLUMNS)}"
-                )
+            if sorted(columns) != sorted(COLUMNS) and (labelled or columns != ["sequence"]):
+                wanted = " and ".join(COLUMNS) if labelled else "sequence, with or without label"
+                raise GenomeError(file, f"line 1: the columns are {columns}, expected {wanted}")
             for cells in lines:
                 if not cells:
                     continue
                 try:
-                    found.sequences.append(_sequence(columns, cells, lines.line_num))
+                    found.sequences.append(_sequence(columns, cells, lines.line_num, labelled))
                 except ValueError as error:
                     problem = f"line {lines.line_num}: {error}"
                     if not skip_bad:
@@ -71,6 +82,21 @@ def read_labelled_sequences(path: str | os.PathLike[str], *, skip_bad: bool = Fa
     return found
 
 
+def read_unlabelled_sequences(path: str | os.PathLike[str], *, skip_bad: bool = False) -> FoundSequences:
+    """The sequences of a FASTA or GenBank file, told by its ending, or of a CSV file, where labels may be
+    missing.
+
+    Raises as `iter_records` and `read_labelled_sequences`.
+    """
+    file = expand_path(path)
+    if not file.name.lower().endswith(GENOME_SUFFIXES):
+        return read_labelled_sequences(file, labelled=False, skip_bad=skip_bad)
+    found = FoundSequences([])
+    for record in iter_records(file, found.left_out if skip_bad else None):
+        found.sequences.append(LabelledSequence(record.letters.decode(), "", record=record.name))
+    return found
+
+
 def class_names(labels: Iterable[str]) -> tuple[str, ...]:
     """The distinct labels, in the order of their numbers where all are whole numbers, else of their text."""
     names = set(labels)
@@ -79,14 +105,14 @@ def class_names(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _sequence(columns: list[str], cells: list[str], line: int) -> LabelledSequence:
+def _sequence(columns: list[str], cells: list[str], line: int, labelled: bool) -> LabelledSequence:
     if len(cells) != len(columns):
         raise ValueError(f"{len(cells)} cells, expected {len(columns)} ({', '.join(columns)})")
     row = {column: cell.strip() for column, cell in zip(columns, cells)}
-    for name in COLUMNS:
+    for name in COLUMNS if labelled else ("sequence",):
         if not row[name]:
             raise ValueError(f"the {name} is empty")
     try:
-        return LabelledSequence(fold_letters(row["sequence"]).decode(), row["label"], line)
+        return LabelledSequence(fold_letters(row["sequence"]).decode(), row.get("label", ""), line)
     except LetterError as error:
         raise ValueError(f"sequence: {error}") from None

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ssm_modal.io.genome import Genome
 from ssm_modal.io.nucleotides import GenomeError, LetterError, fold_letters, open_text, text_of
 from ssm_modal.io.recordings import LeftOut
 
+_WHOLE = re.compile(r"-?[0-9]+$")
 COLUMNS = {
     "chrom": ("chrom", "#chrom", "contig", "chromosome", "chr"),
     "pos": ("pos", "position"),
@@ -204,29 +206,44 @@ def table_columns(file: Path, header: str) -> tuple[list[str], dict[str, int]]:
     return cells, places
 
 
-def _vcf_lines(file: Path) -> Iterator[tuple[int, tuple[str, str, str, list[str], int | None] | str]]:
-    """(line, (contig, position, ref, alternatives, end of a symbolic one) or what is wrong)."""
+# Of a line: contig, position, reference allele, alternatives, and where each ends if it is a deletion.
+_Fields = tuple[str, str, str, list[str], list[int | None]]
+
+
+def _vcf_lines(file: Path) -> Iterator[tuple[int, _Fields | str]]:
+    """(line, its fields or what is wrong)."""
     with open_vcf(file) as source:
         for number, record in iter_vcf(file, source):
             if record is None:
                 yield number, "pysam cannot parse it, expected the columns of VCF separated by tabs"
                 continue
             alts = list(record.alts or ())
-            yield number, (record.chrom, str(record.pos), record.ref or "", alts, _end_of(record))
+            yield number, (record.chrom, str(record.pos), record.ref or "", alts, _ends_of(record, alts))
 
 
-def _end_of(record: Any) -> int | None:
-    """Where a symbolic deletion ends, 0-based and half-open: END, else SVLEN; None where neither is given."""
-    if record.stop > record.start + len(record.ref or ""):
-        return int(record.stop)
-    # pysam raises for a field that the header does not define.
-    length = record.info.get("SVLEN") if "SVLEN" in record.header.info else None
-    if isinstance(length, tuple):
-        length = length[0]
-    return record.start + 1 + abs(length) if isinstance(length, int) and length else None
+def _ends_of(record: Any, alts: Sequence[str]) -> list[int | None]:
+    """Where each alternative ends if it is a symbolic deletion, 0-based and half-open; None: not given.
+
+    END is one for the line, SVLEN one an alternative: where there are several, SVLEN goes before END.
+    """
+    if "<DEL>" not in alts:
+        return [None] * len(alts)
+    # As text: pysam hides END, and what it gives as `stop` is of the longest allele of the line.
+    info = dict(entry.partition("=")[::2] for entry in str(record).split("\t")[7].split(";"))
+    lengths = info.get("SVLEN", "").split(",")
+    if len(lengths) != len(alts):
+        lengths = [""] * len(alts)
+    by_length = [_end(record, record.pos + abs(int(n)) if _WHOLE.match(n) else 0) for n in lengths]
+    end = _end(record, int(info["END"]) if _WHOLE.match(info.get("END", "")) else 0)
+    return [one or end if len(alts) > 1 else end or one for one in by_length]
 
 
-def _table_lines(file: Path) -> Iterator[tuple[int, tuple[str, str, str, list[str], int | None] | str]]:
+def _end(record: Any, end: int) -> int | None:
+    """`end` if it lies behind the reference allele."""
+    return end if end > record.start + len(record.ref or "") else None
+
+
+def _table_lines(file: Path) -> Iterator[tuple[int, _Fields | str]]:
     width = 0
     places: dict[str, int] = {}
     with open_text(file) as source:
@@ -242,11 +259,12 @@ def _table_lines(file: Path) -> Iterator[tuple[int, tuple[str, str, str, list[st
                 yield number, f"{len(cells)} columns separated by tabs, expected {width}"
                 continue
             chrom, pos, ref, alt = (cells[places[name]].strip() for name in COLUMNS)
-            yield number, (chrom, pos, ref, [] if alt in ("", ".") else alt.split(","), None)
+            alts = [] if alt in ("", ".") else alt.split(",")
+            yield number, (chrom, pos, ref, alts, [None] * len(alts))
 
 
 def _variant(
-    line: int, contig: str, pos: str, ref: str, alts: list[str], end: int | None, genome: Genome
+    line: int, contig: str, pos: str, ref: str, alts: list[str], ends: list[int | None], genome: Genome
 ) -> Variant:
     record = genome.find(contig)
     if not (pos.isascii() and pos.isdigit()) or int(pos) < 1:
@@ -265,12 +283,13 @@ def _variant(
             f"{genome.records[record].name!r}"
         )
     have = text_of(genome.read(record, start, start + len(letters)))
-    if not all(a == "N" or a == b or (b != a and a in _MEANS[b]) for a, b in zip(letters, have)):
+    if not all(a in ("N", b) or a in _MEANS[b] for a, b in zip(letters, have)):
         raise ValueError(
             f"the reference allele is {letters!r}, but {genome.records[record].name!r} has {have!r} at "
             f"{pos}: is it another build of the genome?"
         )
-    return Variant(line, record, start, letters, tuple(_allele(a, start, letters, end, length) for a in alts))
+    alleles = tuple(_allele(alt, start, letters, end, length) for alt, end in zip(alts, ends, strict=True))
+    return Variant(line, record, start, letters, alleles)
 
 
 def _allele(alt: str, start: int, ref: str, end: int | None, length: int) -> Allele:

@@ -147,6 +147,32 @@ def test_bad_lines_end_the_run_or_are_left_out(folder: Path) -> None:
     assert len(module(folder, skip_bad=True, tokenizer=KMER).sequences("test")) == 6
 
 
+def test_predict_takes_new_sequences(folder: Path, tmp_path: Path) -> None:
+    data = module(folder)
+    assert data.predicted_files() == [f"test.csv:{line}" for line in range(2, 7)]
+    assert data.sequences("predict") == data.sequences("test")
+    table, fasta = tmp_path / "new.csv", tmp_path / "new.fa"
+    table.write_text("sequence\nacgtACG\nGGN\n")
+    fasta.write_text(">one x\nACG\nTACG\n>two\nGGN\n")
+    for file, names in ((table, ["new.csv:2", "new.csv:3"]), (fasta, ["one", "two"])):
+        data = module(folder, predict_file=str(file))
+        assert data.predicted_files() == names
+        assert data.input_files() == [file]
+        batch = data.batches("predict").make_evaluation(0, 0, 1)
+        assert NucleotideTokenizer().decode(batch["ids"][0].tolist()) == "ACGTACGGGN"
+        assert batch["labels"].tolist() == [-100, -100]
+        assert len(data.sequences("test")) == 5
+    table.write_text("label,sequence\n10,ACGT\n,ACC\n")
+    data = module(folder, predict_file=str(table))
+    assert data.batches("predict").make_evaluation(0, 0, 1)["labels"].tolist() == [1, -100]
+    fasta.write_text(">one\nAC\n")
+    with pytest.raises(GenomeError, match=r"new\.fa: record 'one': 2 bases are less than a token's 4"):
+        module(folder, predict_file=str(fasta), tokenizer=OVERLAPPING).setup()
+    (folder / "test.csv").write_text("sequence\nACGT\n")
+    with pytest.raises(GenomeError, match=r"test\.csv: line 1: the columns are \['sequence'\], expected seq"):
+        module(folder).setup()
+
+
 def test_what_is_not_there_and_bad_arguments(folder: Path) -> None:
     (folder / "dev.csv").unlink()
     assert module(folder).val_dataloader() == []

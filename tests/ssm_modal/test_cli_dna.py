@@ -179,6 +179,10 @@ def test_tracks_of_likelihood_and_coverage(place: Path, capsys: pytest.CaptureFi
         assert (place / "t" / f"{name}.png").read_bytes()[:4] == PNG
     assert main(["tracks", "--fasta", "g.fa", "--region", "chr1", "--out", "t"]) == 1
     assert "neither --model nor --coverage is given" in capsys.readouterr().err
+    (place / "other").mkdir()
+    options = ["tracks", "--fasta", "g.fa", "--region", "chr1", "--coverage", "r.bed", "--out", "u"]
+    assert main([*options, "--model", "other"]) == 1
+    assert not (place / "u").exists()
 
 
 def test_embed_records_and_intervals(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +200,9 @@ def test_embed_records_and_intervals(place: Path, capsys: pytest.CaptureFixture[
     h5py = pytest.importorskip("h5py")
     with h5py.File("o.h5") as file:
         assert sorted(file) == ["2:1-60", "one"]
+    (place / "r.gff").write_text("2\tx\tgene\t1\t60\t.\t-\t.\tID=g\n")
+    assert line("embed", "--bed", "r.gff", "--strand", "other", "--out", "g.safetensors") == 0
+    torch.testing.assert_close(load_file("g.safetensors")["embeddings"][0], whole["chr2"].mean(0))
     assert line("embed", "--out", "e.npy") == 1
     assert "expected a name that ends in .safetensors" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import ssm_modal
+from ssm_modal.cli import explain_inputs
 from ssm_modal.cli.main import main
 from ssm_modal.tokenizers import NucleotideTokenizer
 
@@ -109,8 +110,20 @@ def test_a_region_of_a_genome(
     arrays, rows = explain(tmp_path / "out", *options, "--region", "two:4-8")
     assert [row["label"] for row in rows] == list("TCCAA")
     assert arrays["relevance"].shape == (1, 5)
+    starts: list[int] = []
+    monkeypatch.setattr(explain_inputs, "draw_tokens", lambda *_, start: starts.append(start), raising=True)
+    for region in ("two:4-8", "two", "two:4-8(-)"):
+        explain(tmp_path / "drawn", *options, "--region", region)
+    assert starts == [4, 1, 1], "bases are counted from 1, as in --region"
     assert main(["explain", *map(str, options), "--out", str(tmp_path / "no")]) == 1
     assert "holds 2 records (one, two, ...); name one" in capsys.readouterr().err
+    assert main(["explain", "--model", str(model), "--text", "ACX", "--out", str(tmp_path / "no")]) == 1
+    assert "--text: letter 'X' at base 3 is no nucleotide" in capsys.readouterr().err
+    lm = saved(tmp_path / "lm", "dna_lm")
+    NucleotideTokenizer().save(lm / "tokenizer.json")
+    capsys.readouterr()
+    explain(tmp_path / "next", "--model", lm, "--text", "ACGT", "--target", "G")
+    assert "G (" in capsys.readouterr().out
     _, rows = explain(tmp_path / "bases", "--model", model, "--text", "acgtn")
     assert [row["label"] for row in rows] == list("ACGTN")
 

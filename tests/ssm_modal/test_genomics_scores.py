@@ -231,6 +231,25 @@ def test_alleles_without_a_score_and_wrong_settings(genome: Genome) -> None:
         answers([Query(torch.tensor([1, 2]), torch.tensor([0]), torch.tensor([1]))])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_code_in_the_genome_is_the_base_that_the_variant_names(tmp_path: Path, causal: bool) -> None:
+    genomes = []
+    for letter in "RAG":  # R: A or G
+        text = letters(20, 4) + letter + letters(20, 5)
+        (tmp_path / f"{letter}.fa").write_text(f">c\n{text}\n")
+        genomes.append(open_genome([tmp_path / f"{letter}.fa"], tmp_path / "cache"))
+    code, *known = genomes
+    for ref, alt, genome in zip("AG", "GA", known):
+        given = Variant(1, 0, 20, ref, (Allele(21, alt), Allele(21, ref)))
+        mine, wanted = (
+            VariantScorer(one, NUCLEOTIDES, LogProbs(TableLM(causal=causal), 64), window=15).score([given])[0]
+            for one in (code, genome)
+        )
+        assert mine == wanted
+        assert mine[0][0]
+        assert mine[1][0] == 0.0
+
+
 def test_batches_hold_sequences_of_one_length_once() -> None:
     model = TableLM(True)
     answers = LogProbs(model, 10)

@@ -66,6 +66,27 @@ def test_alleles_of_a_vcf(tmp_path: Path, genome: Genome) -> None:
     assert found[7] == Variant(12, 0, 9, "N", (Allele(10, None, bad),))
 
 
+def test_each_deletion_of_a_line_has_its_own_length(tmp_path: Path, genome: Genome) -> None:
+    file = vcf(
+        tmp_path / "a.vcf",
+        "1 5 . A <INS>,<DEL>,<DEL> . . SVLEN=50,-3,. GT 0/1",
+        "1 5 . A <DEL>,<DEL> . . SVLEN=-3,.;END=7 GT 0/1",
+        "1 5 . A <DEL> . . SVLEN=-3 GT 0/1",
+        "1 5 . A <DEL>,T . . SVLEN=-3 GT 0/1",
+        "1 5 . A T,<DEL> . . END=7 GT 0/1",
+    )
+    length = '##INFO=<ID=SVLEN,Number=.,Type=Integer,Description="length">\n'
+    file.write_text(file.read_text().replace("#CHROM", length + "#CHROM"))
+    alleles = [[(one.end, one.letters) for one in v.alleles] for v in iter_variants(file, genome)]
+    assert alleles == [
+        [(5, None), (8, "A"), (5, None)],
+        [(8, "A"), (7, "A")],
+        [(8, "A")],
+        [(5, None), (5, "T")],
+        [(5, "T"), (7, "A")],
+    ]
+
+
 BAD = [
     ("1 2 . A T . . . GT 0/1", r"line 5: the reference allele is 'A', but 'chr1' has 'C' at 2"),
     ("chr3 2 . A T . . . GT 0/1", r"line 5: there is no record 'chr3'"),

@@ -16,7 +16,8 @@ import ssm_modal
 from ssm_modal.errors import CheckpointError
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.tasks import LanguageModelling, TrainingTask
-from ssm_modal.tasks.base import config_differences, token_loss
+from ssm_modal.tasks.architecture import architecture_differences, config_differences
+from ssm_modal.tasks.base import token_loss
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer, no_decay_names, parameter_groups
 from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule, schedule_factor
 from tests.tasks.tiny import OVERRIDES, VOCAB, TinyData
@@ -304,6 +305,27 @@ def test_config_differences() -> None:
         "e is 0 there and None here",
         "f is None there and 0 here",
     ]
+
+
+def test_a_checkpoint_older_than_a_field_has_its_default() -> None:
+    mixers = ({"type": "mamba"}, {"type": "attention", "n_heads": 2})
+    config = ssm_modal.model_config("mamba_lm", **OVERRIDES, mixer=mixers)
+    here, old = config.to_dict(), config.to_dict()
+    del old["tie_embeddings"], old["backbone"]["norm_eps"], old["backbone"]["mixer"][1]["n_kv_heads"]
+    assert architecture_differences(old, here) == []
+    del old["backbone"]["mixer"][1]["n_heads"]
+    assert len(architecture_differences(old, here)) == 1, "this run's value is not the default"
+    task = LanguageModelling("mamba_lm", OVERRIDES)
+    plain = task.model_config()
+    del plain["backbone"]["norm_eps"]
+    task.on_load_checkpoint({"hyper_parameters": {"model_config": plain}})
+    plain["backbone"]["norm_eps"] = 0.5
+    with pytest.raises(ValueError, match=r"architecture: backbone.norm_eps is 0.5 there and 1e-05 here"):
+        task.on_load_checkpoint({"hyper_parameters": {"model_config": plain}})
+    del plain["backbone"]["norm_eps"]
+    plain["of_tomorrow"] = 1
+    with pytest.raises(ValueError, match="of_tomorrow is 1 there and None here"):
+        task.on_load_checkpoint({"hyper_parameters": {"model_config": plain}})
 
 
 def test_reseed_depends_on_seed_and_batch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
