@@ -81,6 +81,22 @@ class State:
 
         return self._map(move)
 
+    def reserve(self, steps: int) -> Self:
+        """The state with room for `steps` more steps in place, so that no tensor is replaced while they run.
+
+        States of constant size are as they were and share memory; one that grows may be a copy.
+        """
+        changed = {
+            f.name: _each(getattr(self, f.name), lambda state: state.reserve(steps))
+            for f in dataclasses.fields(self)
+        }
+        return dataclasses.replace(self, **changed)
+
+    def advance_(self, steps: int) -> None:
+        """Note on the host that the device has taken `steps` steps in place, as a CUDA graph does unseen."""
+        for f in dataclasses.fields(self):
+            _each(getattr(self, f.name), lambda state: state.advance_(steps))
+
     def select(self, rows: Tensor | Sequence[int] | slice | int) -> Self:
         """The given batch rows, in the given order; a row may be taken more than once.
 
@@ -109,6 +125,13 @@ class State:
                 raise IndexError(f"rows holds {high if high >= n else low}, the state has {n} rows")
         index = torch.where(index < 0, index + n, index)
         return self._map(lambda owner, name, tensor: tensor.index_select(0, index.to(tensor.device)))
+
+
+def _each(value: Any, fn: Callable[[State], Any]) -> Any:
+    """`value` with fn(state) in place of each state that it is or holds."""
+    if isinstance(value, State):
+        return fn(value)
+    return tuple(_each(v, fn) for v in value) if isinstance(value, tuple) else value
 
 
 def _first_tensor(value: Any) -> Tensor | None:

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssm_modal.tasks.adapters import AdapterTuning
     from ssm_modal.tasks.base import StepOutput, TrainingTask
     from ssm_modal.tasks.classification import Classification
     from ssm_modal.tasks.dna_language import DNALanguageModelling
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ssm_modal.tasks.synthetic import SyntheticTask
 
 _HOMES = {
+    "AdapterTuning": "adapters",
     "Classification": "classification",
     "DNALanguageModelling": "dna_language",
     "LanguageModelling": "language",
@@ -30,6 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterTuning",
     "Classification",
     "DNALanguageModelling",
     "LanguageModelling",

@@ -110,7 +110,7 @@ class TrainingTask(LightningModule):
             raise ValueError(f"recompute is {recompute!r}, expected none or blocks")
         overrides = dict(overrides or {})
         self.optimizer_config, self.schedule_config = optimizer, schedule
-        self.model: nn.Module = ssm_modal.create_model(model, **overrides)
+        self.model = self.make_model(model, overrides)
         # Plain data only: a checkpoint must load under torch.load(weights_only=True).
         self.save_hyperparameters(
             {"model": model, "overrides": overrides, "model_config": self.model_config()}
@@ -134,6 +134,10 @@ class TrainingTask(LightningModule):
         return {}
 
     # ------------------------------------------------------------------ model
+
+    def make_model(self, name: str, overrides: dict[str, Any]) -> nn.Module:
+        """The model to train; called once, from `__init__`."""
+        return ssm_modal.create_model(name, **overrides)
 
     def forward(self, ids: Tensor, state: Any = None, *, seqs: Sequences | None = None) -> tuple[Tensor, Any]:
         """As the model's forward: `(logits, state)`."""

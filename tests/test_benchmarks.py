@@ -511,3 +511,33 @@ def test_peak_memory_on_a_gpu() -> None:
     peak = timing.peak_gib(Candidate("ours", go, holds=lambda: (x,)), device)
     assert peak == pytest.approx(3 * x.numel() * 4 / timing.GIB)
     assert other.numel() == x.numel()
+
+
+def test_published_models_tiny(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import published
+
+    pytest.importorskip("bitsandbytes")
+    assert published.main(["--tiny", "--device", "cpu", "--only", "falcon,falcon_int4,jamba_int8"]) == 0
+    table = capsys.readouterr().out.split(published.HEAD)[1].strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [row[:3] for row in cells] == [
+        *(["falcon", "1", "40"],) * 3,
+        *(["falcon_int4", "1", "40"],) * 2,
+        ["jamba_int8", "1", "40"],
+    ]
+    assert all(float(row[3].replace(",", "")) > 0 and float(row[4].split()[0]) > 0 for row in cells)
+    with pytest.raises(SystemExit):
+        published.main(["--only", "falcn"])
+
+
+def test_published_models_have_the_weights_of_a_start() -> None:
+    from benchmarks import published
+
+    model = published.build(published.ENTRIES["mamba_2_8b"], CPU, tiny=True)
+    mixer = model.backbone.layers[0].mixer
+    fresh = published.model_config("mamba_2_8b", d_model=64, n_layers=2, vocab_size=128).build()
+    assert torch.equal(mixer.A_log, fresh.backbone.layers[0].mixer.A_log)
+    dt = torch.nn.functional.softplus(mixer.dt_bias.detach())
+    assert 1e-3 <= float(dt.min()) < float(dt.max()) <= 0.101
+    assert mixer.in_proj.weight.dtype == torch.bfloat16
+    assert float(mixer.in_proj.weight.detach().float().std()) == pytest.approx(0.02, rel=0.05)

@@ -15,6 +15,7 @@ import yaml
 import ssm_modal
 from ssm_modal.cli.configs import shipped_configs
 from ssm_modal.cli.main import main
+from ssm_modal.tokenizers import ByteTokenizer
 
 CONFIGS = shipped_configs()
 
@@ -115,6 +116,14 @@ def labelled_sequences(init: dict[str, Any], root: Path) -> None:
         (folder / f"{split}.csv").write_text("\n".join(["sequence,label", *rows]) + "\n")
 
 
+def pretrained(name: str, root: Path) -> None:
+    """A small model with its tokenizer where a config looks for a published one."""
+    pytest.importorskip("peft")
+    model = ssm_modal.create_model("mamba_lm", vocab_size=256, d_model=16, n_layers=1)
+    model.save_pretrained(root / name)
+    ByteTokenizer().save(root / name / "tokenizer.json")
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.argv", ["ssm-modal"])
@@ -124,6 +133,9 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.chdir(tmp_path)
     options: dict[str, Any] = {**SMALL, "run_dir": tmp_path / "run"}
     content = read(name)
+    if "pretrained" in content["model"]["init_args"]:
+        pretrained(content["model"]["init_args"]["pretrained"], tmp_path)
+        del options["model.overrides.d_model"], options["model.overrides.n_layers"]
     if content["data"]["class_path"].endswith("TextDataModule"):
         path = tmp_path / content["data"]["init_args"]["path"].removeprefix("$SSM_MODAL_DATA/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +165,7 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         del options["data.batch_size"]
         options["data.batch_tokens"] = 100
         labelled_sequences(content["data"]["init_args"], tmp_path)
-    if content["model"]["init_args"]["model"] == "waveform_cnn":  # small as it is
+    if content["model"]["init_args"].get("model") == "waveform_cnn":  # small as it is
         options = {k: v for k, v in options.items() if not k.startswith("model.overrides.")}
     args = [f"--{key}={value}" for key, value in options.items()]
     assert main(["fit", "--config", name, *args]) == 0, capsys.readouterr().err
@@ -163,6 +175,9 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert len(losses) == 2
     assert all(0 < loss < 20 for loss in losses)
+    if "pretrained" in content["model"]["init_args"]:
+        assert all("lora_" in key for key in saved["state_dict"])
+        return
     config = ssm_modal.load_pretrained(tmp_path / "run").config
     if "model.overrides.d_model" in options:
         assert getattr(config, "backbone", config).d_model == 16

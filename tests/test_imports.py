@@ -27,11 +27,16 @@ ORDER = (
     ("attribution",),
     ("checkpoints",),
     ("generation",),
+    ("evaluation",),
     ("genomics",),
     ("cli",),
 )
 # Written for an extra: nothing imports them unless a user or a config asks for what they hold.
-FOR_AN_EXTRA = ("ssm_modal.models.vision_mamba", "ssm_modal.models.vision.model")
+FOR_AN_EXTRA = (
+    "ssm_modal.evaluation.harness",
+    "ssm_modal.models.vision_mamba",
+    "ssm_modal.models.vision.model",
+)
 CORE = ("torch", "triton", "einops", "safetensors", "huggingface_hub")
 
 

@@ -42,13 +42,16 @@ class BackboneBaseConfig(Config):
 class BackboneBase(nn.Module, ABC):
     """(batch, length, d_model) to the same, knowing no modality.
 
-    Attributes: has_state, False where the whole sequence is needed; gradient_checkpointing, a switch that may
-    be set at any time: in training keep the inputs of blocks alone and compute the rest again.
+    Attributes: has_state, False where the whole sequence is needed; steps_alike, False where what a step runs
+    depends on how many came before it, so that no CUDA graph can stand for all of them;
+    gradient_checkpointing, a switch that may be set at any time: in training keep the inputs of blocks alone
+    and compute the rest again.
     """
 
     config: BackboneBaseConfig
     d_model: int
     has_state: bool = True
+    steps_alike: bool = True
     gradient_checkpointing: bool
     state_type: type[State]
 

@@ -142,6 +142,7 @@ class Sashimi(BackboneBase):
 
     config: SashimiConfig
     state_type = SashimiState
+    steps_alike = False
 
     def __init__(self, config: SashimiConfig) -> None:
         super().__init__()

@@ -20,6 +20,13 @@ from ssm_modal.checkpoints.locate import locate
 from ssm_modal.checkpoints.room import DTYPES, check_device, check_room, stored_dtype
 from ssm_modal.checkpoints.weights import TensorWeights, Weights, open_weights, read_torch_file
 from ssm_modal.errors import CheckpointError, ConfigError
+from ssm_modal.layers.quantized import (
+    QUANTISATIONS,
+    Quantisation,
+    packed_bytes,
+    quantizable,
+    replace_by_packed,
+)
 from ssm_modal.layers.wide import WideParameters
 from ssm_modal.models.base import CONFIG_FILE, FORMAT, FORMAT_VERSION, Model, ModelConfig
 
@@ -34,6 +41,7 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    quantize: Quantisation | None = None,
 ) -> Model: ...
 @overload
 def load_pretrained(
@@ -42,6 +50,7 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    quantize: Quantisation | None = None,
 ) -> BackboneBase: ...
 def load_pretrained(
     path: str | os.PathLike[str],
@@ -49,6 +58,7 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    quantize: Quantisation | None = None,
 ) -> Model | BackboneBase:
     """The model (in eval mode) that was saved, published or trained at `path`, with its weights.
 
@@ -65,15 +75,27 @@ def load_pretrained(
         dtype: torch.float32, bfloat16, float16 or float64, which the weights are cast to. None keeps what
             was saved; of a published model, the one its config.json names, else that of its embedding.
             `A_log`, `D`, `dt_bias` and routers stay fp32.
+        quantize: "int8" or "int4" packs the weights of the backbone's linear layers and experts by
+            bitsandbytes, tensor by tensor: the peak on the device is the packed model and one tensor.
+            Embedding, head and what makes dt, B and C stay in `dtype`. None: no.
 
     Raises:
         CheckpointError: nothing found there; a file missing, cut short or of an unknown format or
             architecture; weights that do not fit the architecture (every missing, unexpected and mis-shaped
             one is listed); too little memory on the device, with what would fit. Nothing is loaded then.
-        ValueError: an unknown `part`, a device that is not there, or a dtype that it cannot compute in.
+        ValueError: an unknown `part` or `quantize`, a device that is not there, or a dtype that it cannot
+            compute in or that cannot be quantised (float64).
+        ImportError: `quantize` without bitsandbytes.
     """
     if part not in (None, "backbone"):
         raise ValueError(f"load_pretrained: part is {part!r}, expected None or 'backbone'")
+    if quantize not in (None, *QUANTISATIONS):
+        raise ValueError(
+            f"load_pretrained: quantize is {quantize!r}, expected None, "
+            f"{' or '.join(map(repr, QUANTISATIONS))}"
+        )
+    if quantize is not None and dtype == torch.float64:
+        raise ValueError("load_pretrained: dtype is torch.float64, which cannot be quantised")
     place = torch.device(device) if device is not None else torch.device("cpu")
     check_device(place, dtype)
     found = locate(path)
@@ -85,12 +107,12 @@ def load_pretrained(
             model = source.config.build() if part is None else source.config.backbone_config.build()
     except ConfigError as error:
         raise CheckpointError(f"{found}: the config is not one of this version's: {error}") from error
-    _fill(model, source, str(found), place, dtype)
+    fill(model, source, str(found), place, dtype, quantize)
     return model.eval()
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A checkpoint: its model's config and its weights; for a published `family` also where each goes (the
     package's own files have a model's own names) and the dtype to cast to where the caller does not say."""
 
@@ -101,10 +123,18 @@ class _Source:
     dtype: torch.dtype | None = None
 
 
-def _fill(
-    model: Model | BackboneBase, source: _Source, where: str, device: torch.device, dtype: torch.dtype | None
+def fill(
+    model: Model | BackboneBase,
+    source: Source,
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantize: Quantisation | None = None,
 ) -> None:
-    """Give the parameters and buffers of `model`, on meta, their values."""
+    """Give the parameters and buffers of `model`, on meta, their values; `load_pretrained` without a place.
+
+    where: what errors call the source.
+    """
     expected, weights = model.state_dict(), source.weights
     parts, ignored = _places(model, source)
     check_shapes(
@@ -115,12 +145,24 @@ def _fill(
     )
     wide = _wide_names(model)
     dtypes = {p.name: _final_dtype(source, key, dtype, p.name in wide, where) for key, p in parts.items()}
-    check_room(expected, dtypes, wide, device, where)
+    can_pack = {
+        f"{name}.{own}": tuple(weight.shape)
+        for name, module in quantizable(model)
+        for own, weight in module.named_parameters(recurse=False)
+        if own != "bias"
+    }
+    sizes = {
+        kind: {name: packed_bytes(shape, kind) for name, shape in can_pack.items()} for kind in QUANTISATIONS
+    }
+    check_room(expected, dtypes, wide, device, where, sizes, quantize)
+    packed = {} if quantize is None else replace_by_packed(model, quantize, dtypes, device)
     tensors: dict[str, Tensor] = {}
     head = None
     for key, tensor in weights.tensors():
         part = parts.get(key)
-        if part is not None:
+        if part is not None and part.name in packed:
+            packed[part.name].put(tensor, part.region)
+        elif part is not None:
             if part.name not in tensors:
                 tensors[part.name] = torch.empty(
                     expected[part.name].shape, dtype=dtypes[part.name], device=device
@@ -130,10 +172,11 @@ def _fill(
             head = tensor
     if head is not None and not isinstance(model, BackboneBase):
         _check_tied(head, tensors["embedding.weight"], where)
-    model.load_state_dict(tensors, strict=True, assign=True)
+    # Not strict: packed weights have their values; of the others check_shapes found every one.
+    model.load_state_dict(tensors, strict=not packed, assign=True)
 
 
-def _places(model: Model | BackboneBase, source: _Source) -> tuple[dict[str, Part], set[str]]:
+def _places(model: Model | BackboneBase, source: Source) -> tuple[dict[str, Part], set[str]]:
     """Where each key of the files goes in `model`, and the keys it rightly has no use for."""
     keys, family = source.weights.shapes.keys(), source.family
     prefix = _BACKBONE if isinstance(model, BackboneBase) else ""
@@ -171,7 +214,7 @@ def _wide_names(model: Model | BackboneBase) -> set[str]:
     }
 
 
-def _final_dtype(source: _Source, key: str, dtype: torch.dtype | None, wide: bool, where: str) -> torch.dtype:
+def _final_dtype(source: Source, key: str, dtype: torch.dtype | None, wide: bool, where: str) -> torch.dtype:
     """The dtype that the model will have the tensor `key` of the files in."""
     stored = source.weights.dtypes[key]
     if stored in DTYPES:
@@ -198,11 +241,11 @@ def read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _of_folder(folder: Path) -> _Source:
+def _of_folder(folder: Path) -> Source:
     document, path = read_document(folder), folder / CONFIG_FILE
     if document.get("format") == FORMAT:
         config = _own_config(document, path)
-        return _Source(config, open_weights(folder))
+        return Source(config, open_weights(folder))
     family = family_of_document(document, str(path))
     try:
         config = family.read(Fields(document, str(path)))
@@ -210,7 +253,7 @@ def _of_folder(folder: Path) -> _Source:
         raise CheckpointError(f"{path} describes no model that can be: {error}") from error
     weights = open_weights(folder)
     parts = tuple(family.parts(config, weights.shapes.keys()))
-    return _Source(config, weights, family, parts, _published_dtype(document, weights, parts))
+    return Source(config, weights, family, parts, _published_dtype(document, weights, parts))
 
 
 def _own_config(document: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -242,13 +285,18 @@ def _published_dtype(
     return next((weights.dtypes.get(p.key) for p in parts if p.name == "embedding.weight"), None)
 
 
-def _of_run(path: Path) -> _Source:
+def _of_run(path: Path) -> Source:
     """A training run's checkpoint; runs no code from the file."""
     data = read_torch_file(path)
     hyper = data.get("hyper_parameters") if isinstance(data, dict) else None
     if not isinstance(hyper, Mapping) or not isinstance(data.get("state_dict"), Mapping):
         raise CheckpointError(
             f"{path} is no checkpoint of a training run: no state_dict or no hyper_parameters in it"
+        )
+    if "lora" in hyper:
+        raise CheckpointError(
+            f"{path} holds an adapter alone; load the model that it is for, {hyper.get('model')!r}, and then "
+            "ssm_modal.checkpoints.adapters.load_adapter(model, path) (--adapter on the command line)"
         )
     plain = hyper.get("model_config")
     if not isinstance(plain, Mapping):
@@ -260,4 +308,4 @@ def _of_run(path: Path) -> _Source:
         name = key.replace("_orig_mod.", "")  # torch.compile's
         if name.startswith(PREFIX) and isinstance(value, Tensor):
             tensors[name.removeprefix(PREFIX)] = value
-    return _Source(_plain_config(plain, path), TensorWeights(tensors))
+    return Source(_plain_config(plain, path), TensorWeights(tensors))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssm_modal.errors import CheckpointError
+from ssm_modal.layers.quantized import Quantisation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GIB = 1 << 30
@@ -39,9 +40,13 @@ def stored_dtype(dtype: torch.dtype, wide: bool) -> torch.dtype:
     return torch.float32 if wide and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def bytes_of(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> int:
-    """What `tensors` take in `dtypes`."""
-    return sum(t.numel() * dtypes[name].itemsize for name, t in tensors.items())
+def bytes_of(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], packed: Mapping[str, int]
+) -> int:
+    """What `tensors` take in `dtypes`, those that `packed` has the bytes of in these."""
+    return sum(
+        packed[name] if name in packed else t.numel() * dtypes[name].itemsize for name, t in tensors.items()
+    )
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -82,17 +87,28 @@ def check_room(
     wide: set[str],
     device: torch.device,
     source: str,
+    packed: Mapping[Quantisation, Mapping[str, int]],
+    quantize: Quantisation | None = None,
 ) -> None:
     """Raise CheckpointError where `device` has too little free memory for `tensors` in `dtypes`.
 
-    wide: the names of those that stay fp32. The error says what is needed, what is there and what would fit.
+    wide: the names of those that stay fp32. packed: what quantisation makes of those that it takes, in bytes
+    by name; quantize: the one that is asked for. The error says what is needed, what is there and what would
+    fit.
     """
-    free, needed = free_memory(device), bytes_of(tensors, dtypes)
+    free = free_memory(device)
+    needed = bytes_of(tensors, dtypes, {} if quantize is None else packed[quantize])
     if free is None or needed <= free:
         return
     choices = []
+    for kind, small in packed.items():
+        size = bytes_of(tensors, dtypes, small)
+        if small and size < needed:
+            fits = "fits" if size <= free else "does not fit either"
+            choices.append(f"with quantize={kind!r} it takes {_gib(size)}, which {fits}")
     for dtype in (torch.float32, torch.bfloat16):
-        size = bytes_of(tensors, {name: stored_dtype(dtype, name in wide) for name in tensors})
+        small = {} if quantize is None else packed[quantize]
+        size = bytes_of(tensors, {name: stored_dtype(dtype, name in wide) for name in tensors}, small)
         if size < needed:
             fits = "fits" if size <= free else "does not fit either"
             choices.append(f"in {dtype} it takes {_gib(size)}, which {fits}")

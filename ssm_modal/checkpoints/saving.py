@@ -26,7 +26,7 @@ from ssm_modal.checkpoints.locate import locate
 from ssm_modal.checkpoints.weights import INDEX, TORCH_FILE
 from ssm_modal.io.atomic import new_folder
 from ssm_modal.models import CausalLM, Model
-from ssm_modal.models.base import CONFIG_FILE, FORMAT, WEIGHTS_FILE
+from ssm_modal.models.base import CONFIG_FILE, FORMAT, WEIGHTS_FILE, check_dense
 
 Format = Literal["ssm_modal", "transformers", "state_spaces"]
 FORMATS: tuple[Format, ...] = ("ssm_modal", "transformers", "state_spaces")
@@ -59,12 +59,14 @@ def save_pretrained(
     Raises:
         ConfigError: the architecture has no words in that format; says all that stands in the way.
         CheckpointError: `source` holds nothing, or a tokenizer of another kind than Hugging Face's.
-        FileExistsError: `folder` is a file or holds something. ValueError: unknown `format`, `shard_bytes`.
+        FileExistsError: `folder` is a file or holds something. ValueError: unknown `format`, `shard_bytes`; a
+            model with quantised weights.
     """
     if format not in FORMATS:
         raise ValueError(f"save_pretrained: format is {format!r}, expected one of {', '.join(FORMATS)}")
     if shard_bytes < 1:
         raise ValueError(f"save_pretrained: shard_bytes is {shard_bytes}, expected 1 or more")
+    check_dense(model)
     files, document = _beside(source)
     if format == FORMAT:
         with new_folder(folder) as target:

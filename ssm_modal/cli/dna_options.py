@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ssm_modal.checkpoints import load_pretrained
-from ssm_modal.cli.generate import DTYPES, find_device, find_tokenizer
+from ssm_modal.cli.language_model import DTYPES, find_device, find_tokenizer
 from ssm_modal.genomics.log_probs import LogProbs
 from ssm_modal.genomics.places import Place, place_of
 from ssm_modal.genomics.streaming import StreamConfig

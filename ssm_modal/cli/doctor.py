@@ -50,6 +50,9 @@ EXTRAS: dict[str, dict[str, str]] = {
     "audio": {"torchaudio": "torchaudio", "soundfile": "soundfile"},
     "genomics": {"biopython": "Bio", "pysam": "pysam", "h5py": "h5py", "numpy": "numpy"},
     "vision": {"timm": "timm", "torchvision": "torchvision"},
+    "quant": {"bitsandbytes": "bitsandbytes"},
+    "adapters": {"peft": "peft"},
+    "eval": {"lm-eval": "lm_eval"},
 }
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -15,7 +15,7 @@ from ssm_modal.attribution.result import METHODS
 from ssm_modal.checkpoints import load_pretrained
 from ssm_modal.checkpoints.locate import stored_data
 from ssm_modal.cli.explain_inputs import Explained, read_input
-from ssm_modal.cli.generate import find_device
+from ssm_modal.cli.language_model import find_device
 from ssm_modal.errors import nearest
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.text import expand_path, output_folder

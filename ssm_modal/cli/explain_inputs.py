@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ssm_modal.attribution import Attribution
-from ssm_modal.cli.generate import find_tokenizer
 from ssm_modal.cli.image_inputs import ImageInput, image_input
+from ssm_modal.cli.language_model import find_tokenizer
 from ssm_modal.io.audio import audio_info, read_audio
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import open_genome

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssm_modal.checkpoints import load_pretrained
-from ssm_modal.cli.generate import find_device
 from ssm_modal.cli.image_inputs import ImageInput, image_input
+from ssm_modal.cli.language_model import find_device
 from ssm_modal.io.atomic import put_in_place, write_aside
 from ssm_modal.io.images import ImageError, find_images
 from ssm_modal.io.left_out import write_left_out

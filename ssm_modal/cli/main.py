@@ -21,6 +21,9 @@ TRAINING = {
 }
 BESIDE = {
     "generate": "continue a text with a trained model, or write WAV files with one of waveforms",
+    "chat": "talk with a model that was tuned to, through its tokenizer's chat template",
+    "evaluate": "measure a language model's perplexity on text files of any length",
+    "lm-eval": "run tasks of lm-evaluation-harness on a language model",
     "score": "score variants of a genome (VCF or table) by a language model of DNA",
     "mutate": "the effect of every substitution in a region: table, track and picture",
     "embed": "embeddings of sequences of any length, by record, window or position",
@@ -94,7 +97,7 @@ def _dispatch(args: list[str]) -> int:
     if command in TRAINING:
         return _train(args)
     if command in BESIDE:
-        module = importlib.import_module(f"ssm_modal.cli.{command}")
+        module = importlib.import_module(f"ssm_modal.cli.{command.replace('-', '_')}")
         parser = argparse.ArgumentParser(f"ssm-modal {command}", description=BESIDE[command])
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(rest)))

@@ -27,7 +27,8 @@ class GenerationConfig:
     seed: row i draws from a generator of its own, seeded with seed + i, so no row depends on the others; None
         takes a fresh seed from torch's global generator.
     prefill_tokens: prompt tokens read at once, of all rows together; bounds the memory that long prompts
-    take.
+        take.
+    cuda_graph: on CUDA, run a decode step as one graph; False launches its kernels one by one, for debugging.
 
     The order is: suppressed tokens, penalty, temperature, top-k, top-p, min-p. Raises TypeError or ValueError
     naming the setting.
@@ -45,6 +46,7 @@ class GenerationConfig:
     suppress_tokens: tuple[int, ...] = ()
     seed: int | None = None
     prefill_tokens: int = 8192
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         _whole("max_new_tokens", self.max_new_tokens, 1)

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from ssm_modal.generation.config import GenerationConfig
-from ssm_modal.generation.loop import CausalModel, generate
+from ssm_modal.generation.loop import generate
+from ssm_modal.generation.prompts import CausalModel
 from ssm_modal.tokenizers.waveform import MuLawTokenizer
 
 

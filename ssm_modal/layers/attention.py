@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from ssm_modal.errors import ConfigError, StateError
 from ssm_modal.kernels.checks import state_dtype
@@ -22,6 +23,7 @@ from ssm_modal.layers.mixer import ROW_CHUNK, Mixer, MixerConfig, check_input, c
 from ssm_modal.state import State
 
 BLOCK = 256  # slots a cache grows by
+MASK_ELEMENTS = 1 << 24  # of a mask, where a backend needs one written out
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,14 @@ class AttentionState(State):
     def capacity(self) -> int:
         """Slots a row."""
         return self.key.shape[2]
+
+    def reserve(self, steps: int) -> AttentionState:
+        return replace(
+            self, key=_grown(self.key, self.used + steps), value=_grown(self.value, self.used + steps)
+        )
+
+    def advance_(self, steps: int) -> None:
+        object.__setattr__(self, "used", self.used + steps)
 
 
 class Attention(Mixer):
@@ -130,6 +140,9 @@ class Attention(Mixer):
         return_state: bool = True,
     ) -> tuple[Tensor, AttentionState | None]:
         q, k, v = projected
+        if state is not None and self.config.causal and not reverse:
+            y, after = self._read_on(q, k, v, state, seqs)
+            return y, after if return_state else None
         rows = None
         if seqs is not None:
             # One padded row a sequence, the layout the cache has; padding stands behind every sequence.
@@ -148,7 +161,7 @@ class Attention(Mixer):
         if state is not None or (return_state and self.has_state):
             new = self._append(state, k, v, slots, fresh, reverse)
         if state is not None and new is not None:
-            # The lower-right causal mask: the query in slot i sees the slots up to its own.
+            # The query in slot i sees the slots up to its own.
             k, v = new.key[:, :, : new.used], new.value[:, :, : new.used]
             mask = (torch.arange(new.used, device=q.device) <= slots[:, :, None])[:, None]
         elif self.config.causal and reverse:
@@ -227,7 +240,7 @@ class Attention(Mixer):
 
         mask: None stands for the causal one, or for none where the layer is not causal.
         """
-        if self.n_kv_heads != self.n_heads:
+        if k.shape[1] != self.n_heads:
             k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
             v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
         if q.shape[2] == 0:
@@ -235,6 +248,94 @@ class Attention(Mixer):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and self.config.causal
         )
+
+    def _read_on(
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, seqs: Sequences | None
+    ) -> tuple[Tensor, AttentionState]:
+        """Steps behind what `state` holds, each row at its own place, without padding.
+
+        q, k, v as `project_in` gives them. Returns (y (batch, length, d_inner), the new state). Memory grows
+        with the length of q and of the cache, not with their product. But for single steps the rows' lengths
+        are read from the device, once a call.
+        """
+        batch, length = q.shape[:2]
+        if seqs is None:
+            lengths: tuple[int, ...] = (length,) * batch
+            rows = torch.arange(batch, device=q.device).repeat_interleave(length)
+            steps = torch.arange(length, device=q.device).repeat(batch)
+            added = torch.full((batch,), length, device=q.device)
+        else:
+            lengths, rows, steps = seqs.lengths, seqs.seq_index(), seqs.positions()
+            added = seqs.cu_seqlens.diff()
+        slots = state.lengths[rows] + steps
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        if self.config.rope_theta is not None:
+            q, k = self._rotate(q[None], slots[None])[0], self._rotate(k[None], slots[None])[0]
+        used = state.used + max(lengths)
+        key, value = (
+            _grown(old.to(t.dtype), used).transpose(1, 2).index_put((rows, slots), t).transpose(1, 2)
+            for old, t in ((state.key, k), (state.value, v))
+        )
+        new = AttentionState(key, value, state.lengths + added, used)
+        if seqs is None and length == 1:
+            seen = torch.arange(new.capacity, device=q.device) <= state.lengths[:, None]
+            return self._attend_cache(q, key, value, seen)[:, None], new
+        parts, end = [], 0
+        before = state.lengths.tolist()
+        if len({*zip(before, lengths)}) == 1:
+            last = before[0] + lengths[0]
+            y = self._lower_right(
+                q.unflatten(0, (len(lengths), lengths[0])), key[:, :, :last], value[:, :, :last]
+            )
+            return y.reshape(batch, length, -1), new
+        for row, (old, n) in enumerate(zip(before, lengths)):
+            own = (slice(row, row + 1), slice(None), slice(old + n))
+            parts.append(self._lower_right(q[None, end : end + n], key[own], value[own]))
+            end += n
+        return torch.cat(parts, 1).reshape(batch, length, -1), new
+
+    def _lower_right(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: (batch, n, n_heads, head_dim), the last n of the steps that k and v (batch, n_kv_heads, steps,
+        head_dim) hold; each sees the steps up to its own. Returns (batch, n, d_inner).
+
+        On CUDA in half precision by flash attention; elsewhere in pieces, each with its part of the mask.
+        """
+        q = q.transpose(1, 2)
+        n, steps = q.shape[2], k.shape[2]
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and n and self.head_dim <= 256:
+            mask = causal_lower_right(n, steps)
+            grouped = self.n_kv_heads != self.n_heads
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            return y.transpose(1, 2).flatten(-2)
+        if self.n_kv_heads != self.n_heads:
+            k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
+        piece = max(1, MASK_ELEMENTS // max(1, steps))
+        parts = []
+        for start in range(0, n, piece):
+            queries = torch.arange(start, min(start + piece, n), device=q.device) + steps - n
+            last = min(start + piece, n) + steps - n
+            seen = torch.arange(last, device=q.device) <= queries[:, None]
+            parts.append(self._attend(q[:, :, start : start + piece], k[:, :, :last], v[:, :, :last], seen))
+        return (torch.cat(parts, 2) if parts else q).transpose(1, 2).flatten(-2)
+
+    def _attend_cache(self, q: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        """One query a row over the whole cache: q (batch, n_heads, head_dim) to (batch, d_inner).
+
+        key, value: (batch, n_kv_heads, capacity, head_dim), of which `seen` (batch, capacity) is valid. No
+        shape depends on how much that is, so that a CUDA graph serves while the cache fills. The heads of a
+        group share one reading of the cache; the sum over values is taken in blocks side by side, since one
+        row alone would leave most of a GPU idle.
+        """
+        batch, kv, capacity, width = key.shape
+        rows = q.view(batch * kv, -1, width)
+        scores = _product(rows, key.reshape(-1, capacity, width).transpose(1, 2)) * width**-0.5
+        scores = scores.view(batch, -1, capacity).masked_fill(~seen[:, None], -torch.inf)
+        weights = scores.softmax(-1).to(value.dtype)
+        block = BLOCK if capacity % BLOCK == 0 else capacity
+        weights = weights.view(batch * kv, -1, capacity // block, block).transpose(1, 2).flatten(0, 1)
+        y = _product(weights, value.reshape(-1, block, width))
+        y = y.view(batch * kv, capacity // block, -1, width).sum(1)
+        return y.to(q.dtype).view(batch, self.d_inner)
 
     def _append(
         self,
@@ -256,9 +357,8 @@ class Attention(Mixer):
                 torch.zeros_like(k).scatter(2, at, k), torch.zeros_like(v).scatter(2, at, v), added, length
             )
         used = state.used + length
-        pad = (0, 0, 0, max(0, -(-used // BLOCK) * BLOCK - state.capacity))
-        key = F.pad(state.key.to(k.dtype), pad).scatter(2, at, k)
-        value = F.pad(state.value.to(v.dtype), pad).scatter(2, at, v)
+        key = _grown(state.key.to(k.dtype), used).scatter(2, at, k)
+        value = _grown(state.value.to(v.dtype), used).scatter(2, at, v)
         return AttentionState(key, value, state.lengths + added, used)
 
     def init_state(
@@ -287,22 +387,34 @@ class Attention(Mixer):
         slots = state.lengths[:, None]
         if self.config.rope_theta is not None:
             q, k = self._rotate(q, slots), self._rotate(k, slots)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        used = state.used + 1
-        # The state is frozen against callers; a step in place is the one writer of its fields.
-        if used > state.capacity:
-            pad = (0, 0, 0, BLOCK)
-            object.__setattr__(state, "key", F.pad(state.key, pad))
-            object.__setattr__(state, "value", F.pad(state.value, pad))
-        at = slots[:, None, :, None].expand_as(k)
-        state.key.scatter_(2, at, k.to(state.key.dtype))
-        state.value.scatter_(2, at, v.to(state.value.dtype))
-        seen = torch.arange(used, device=q.device) <= slots[:, :, None]
-        key, value = state.key[:, :, :used].to(q.dtype), state.value[:, :, :used].to(q.dtype)
-        y = self._attend(q, key, value, seen[:, None])
+        if state.used + 1 > state.capacity:
+            # The state is frozen against callers; a step in place is the one writer of its fields.
+            object.__setattr__(state, "key", _grown(state.key, state.used + 1))
+            object.__setattr__(state, "value", _grown(state.value, state.used + 1))
+        at = slots[:, None, :, None].expand(-1, self.n_kv_heads, -1, self.head_dim)
+        state.key.scatter_(2, at, k.transpose(1, 2).to(state.key.dtype))
+        state.value.scatter_(2, at, v.transpose(1, 2).to(state.value.dtype))
+        seen = torch.arange(state.capacity, device=q.device) <= slots
+        y = self._attend_cache(q[:, 0], state.key.to(q.dtype), state.value.to(q.dtype), seen)
         state.lengths.add_(1)
-        object.__setattr__(state, "used", used)
-        return self.project_out(y.transpose(1, 2).flatten(-2))
+        state.advance_(1)
+        return self.project_out(y[:, None])
+
+
+def _grown(cache: Tensor, used: int) -> Tensor:
+    """`cache` (batch, heads, capacity, head_dim) with `used` slots at least, rounded up to blocks."""
+    if used <= cache.shape[2]:
+        return cache
+    return F.pad(cache, (0, 0, 0, -(-used // BLOCK) * BLOCK - cache.shape[2]))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product, in fp32 at least: (n, i, j) and (n, j, k) to (n, i, k)."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def _whole_mask(length: int, fresh: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,9 +17,15 @@ from torch import Tensor, nn
 
 from ssm_modal.errors import ConfigError
 from ssm_modal.kernels.checks import state_dtype
-from ssm_modal.kernels.conv import causal_conv1d, causal_conv1d_step
+from ssm_modal.kernels.conv import causal_conv1d, causal_conv1d_step, causal_conv1d_step_
 from ssm_modal.kernels.norm import rms_norm
-from ssm_modal.kernels.scan import RowCarry, selective_scan, selective_scan_row, selective_scan_step
+from ssm_modal.kernels.scan import (
+    RowCarry,
+    selective_scan,
+    selective_scan_row,
+    selective_scan_step,
+    selective_scan_step_,
+)
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
 from ssm_modal.layers.mixer import ROW_CHUNK, Mixer, MixerConfig, check_input, check_state, outward
@@ -117,6 +124,7 @@ class Mamba(Mixer, WideParameters):
             self.C_norm = RMSNorm(self.d_state, eps)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state))
         self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.kept_A: Tensor | None = None  # set by keep_A
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
         self._init_ssm()
         self.mark_parameters()
@@ -242,6 +250,8 @@ class Mamba(Mixer, WideParameters):
         return self.dt_proj(dt), B, C
 
     def _A(self, dtype: torch.dtype) -> Tensor:
+        if self.kept_A is not None and self.kept_A.dtype == dtype and not torch.is_grad_enabled():
+            return self.kept_A
         return -torch.exp(self.A_log.to(dtype))
 
     def _step(self, u: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -279,7 +289,40 @@ class Mamba(Mixer, WideParameters):
         check_input(self, x)
         check_state(self, state, x)
         u, z = self.project_in(x[:, 0]).chunk(2, dim=-1)
-        y, new = self._step(u, z, state)
-        state.conv.copy_(new.conv)
-        state.ssm.copy_(new.ssm)
+        wide = state_dtype(u.dtype)
+        if (state.conv.dtype, state.ssm.dtype) != (u.dtype, wide):
+            y, new = self._step(u, z, state)
+            state.conv.copy_(new.conv)
+            state.ssm.copy_(new.ssm)
+            return self.project_out(y).unsqueeze(1)
+        weight = self.conv1d.weight.squeeze(1)
+        u = causal_conv1d_step_(u, weight, self.conv1d.bias, state.conv, activation="silu")
+        delta, B, C = self._select(u)
+        y = selective_scan_step_(
+            u,
+            delta,
+            self._A(wide),
+            B,
+            C,
+            state.ssm,
+            D=self.D.to(wide),
+            z=z,
+            delta_bias=self.dt_bias.to(wide),
+            delta_softplus=True,
+        )
         return self.project_out(y).unsqueeze(1)
+
+
+@contextmanager
+def keep_A(model: nn.Module) -> Iterator[None]:
+    """Inside, where no gradients are recorded, every Mamba layer of `model` computes A = -exp(A_log) once and
+    not at each step. The weights must not change meanwhile."""
+    layers = [m for m in model.modules() if isinstance(m, Mamba) and m.kept_A is None]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.kept_A = layer._A(state_dtype(layer.A_log.dtype))
+        yield
+    finally:
+        for layer in layers:
+            layer.kept_A = None

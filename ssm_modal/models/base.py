@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssm_modal.backbone import BackboneBase, BackboneBaseConfig
 from ssm_modal.io.atomic import put_in_place, write_aside
 from ssm_modal.layers.config import Config
+from ssm_modal.layers.quantized import is_quantized
 
 FORMAT = "ssm_modal"
 FORMAT_VERSION = 1
@@ -51,8 +52,10 @@ class Model(nn.Module):
         """Write config.json and model.safetensors into `folder`, made if needed.
 
         Each file is written whole under a temporary name and then renamed, so that a full disk or a kill
-        leaves what was there. A weight used in two places is stored once. Nothing is pickled.
+        leaves what was there. A weight used in two places is stored once. Nothing is pickled. Raises
+        ValueError for a model with quantised weights.
         """
+        check_dense(self)
         target = Path(folder)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"save_pretrained: {target} is a file, expected a folder")
@@ -68,6 +71,15 @@ class Model(nn.Module):
                 aside.unlink()
             raise
         put_in_place(aside, weights)
+
+
+def check_dense(model: nn.Module) -> None:
+    """Raise ValueError for a model with quantised weights, which no format here has a place for."""
+    if is_quantized(model):
+        raise ValueError(
+            "the model's weights are quantised, which is done in loading and not written; save the model "
+            "that they were quantised from"
+        )
 
 
 def config_document(config: ModelConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssm_modal.tokenizers.base import StreamDecoder, TextTokenizer
+from ssm_modal.tokenizers.chat_template import ChatTemplate
 from ssm_modal.tokenizers.dna import DNATokenizer, NucleotideTokenizer
 from ssm_modal.tokenizers.huggingface import HuggingFaceTokenizer
 from ssm_modal.tokenizers.kmers import KmerTokenizer
@@ -18,6 +19,7 @@ from ssm_modal.tokenizers.waveform import MuLawTokenizer
 __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
+    "ChatTemplate",
     "DNATokenizer",
     "HuggingFaceTokenizer",
     "KmerTokenizer",

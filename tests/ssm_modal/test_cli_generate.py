@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import ssm_modal
-from ssm_modal.cli.generate import _Printer, find_tokenizer
+from ssm_modal.cli.generate import _Printer
+from ssm_modal.cli.language_model import find_tokenizer
 from ssm_modal.cli.main import main
 from ssm_modal.generation import GenerationConfig, generate
 from ssm_modal.models import CausalLM

@@ -284,3 +284,21 @@ def test_empty_input_hands_the_state_through() -> None:
     assert torch.equal(after.conv, state.conv)
     assert torch.equal(after.ssm, state.ssm)
     assert isinstance(after, MambaState)
+
+
+def test_A_is_kept_inside_and_only_inside() -> None:
+    from ssm_modal.layers.mamba import keep_A
+
+    layer = MambaConfig(d_state=4).build(8)
+    x, other = torch.randn(1, 5, 8), torch.randn(layer.d_inner, 4)
+    before = layer(x)[0].detach()
+    with torch.no_grad(), keep_A(layer), keep_A(layer):
+        assert torch.equal(layer(x)[0], before)
+        kept = layer._A(torch.float32)
+        assert layer._A(torch.float32) is kept
+        assert layer._A(torch.float64).dtype == torch.float64
+        with torch.enable_grad():
+            assert layer._A(torch.float32).requires_grad
+    with torch.no_grad():
+        layer.A_log.copy_(other)
+        assert not torch.allclose(layer(x)[0], before)

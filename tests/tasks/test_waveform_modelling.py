@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import ssm_modal
 from ssm_modal.cli.callbacks import LogAudio
-from ssm_modal.cli.generate import find_tokenizer
+from ssm_modal.cli.language_model import find_tokenizer
 from ssm_modal.datamodules.audio import AudioDataModule
 from ssm_modal.generation import GenerationConfig, generate_waveforms
 from ssm_modal.io.log_mel import log_mel
