@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ssm_modal
-from ssm_modal.cli.explain_inputs import stored_data
+from ssm_modal.checkpoints.locate import stored_data
 from ssm_modal.cli.generate_audio import COLUMNS, TABLE
 from ssm_modal.datamodules.audio import AudioDataModule
 from ssm_modal.io.atomic import atomic_write

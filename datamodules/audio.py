@@ -173,6 +173,10 @@ class AudioDataModule(pl.LightningDataModule):
         ):
             if given and source != needed:
                 raise ValueError(f"{name} is given with source {source!r}, expected it for {needed!r} alone")
+        if source == "pattern" and pattern is None:
+            raise ValueError(
+                'pattern is None with source "pattern", expected a regular expression with the group "label"'
+            )
         if tuple(suffixes) != AUDIO_SUFFIXES and source in ("manifest", *_PRESETS):
             raise ValueError(
                 f"suffixes is given with source {source!r}, expected it for a folder of any files alone"
@@ -285,6 +289,10 @@ class AudioDataModule(pl.LightningDataModule):
                 save_run_tokenizer(self.tokenizer, folder)
             if self.skip_bad:
                 write_left_out(folder / "left_out.csv", self._left_out)
+
+    def check_fit(self) -> None:
+        """Raise ValueError where training lacks recordings, or a class."""
+        self.batches("train")
 
     def batches(self, split: str) -> AudioBatches:
         """The batches of `split` as pure functions of their index; ValueError where it has no recording."""

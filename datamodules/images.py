@@ -250,6 +250,10 @@ class ImageDataModule(pl.LightningDataModule):
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             write_left_out(Path(trainer.default_root_dir) / "left_out.csv", self._left_out)
 
+    def check_fit(self) -> None:
+        """Raise ValueError where training lacks images, or a class."""
+        self.batches("train")
+
     def batches(self, split: str) -> ImageBatches:
         """The batches of `split` as pure functions of their index; ValueError where it has no image."""
         return self._batches(self.samples(split), split)

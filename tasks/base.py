@@ -25,7 +25,7 @@ from ssm_modal.layers.moe import moe_layers
 from ssm_modal.tasks.architecture import architecture_differences
 from ssm_modal.tasks.graphed import GraphedStep
 from ssm_modal.tasks.optimizers import OptimizerConfig, build_optimizer
-from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule
+from ssm_modal.tasks.schedules import ScheduleConfig, build_schedule, run_factor
 from ssm_modal.tasks.step_output import StepOutput
 
 try:
@@ -347,6 +347,10 @@ class TrainingTask(LightningModule):
                 f"the data has a vocabulary of {wanted} ids, but the model's vocab_size is {have}; set "
                 f"model.init_args.overrides.vocab_size to {wanted} or more"
             )
+
+    def check_steps(self, max_steps: int) -> None:
+        """Raise ValueError where the schedule does not fit in a run of `max_steps` optimizer steps."""
+        run_factor(self.schedule_config, self.optimizer_config.lr, max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[_CHECKPOINT_KEY] = {

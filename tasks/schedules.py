@@ -80,10 +80,10 @@ def schedule_factor(config: ScheduleConfig, peak_lr: float, total_steps: int) ->
     return factor
 
 
-def build_schedule(optimizer: Optimizer, config: ScheduleConfig, peak_lr: float, max_steps: int) -> LambdaLR:
-    """The schedule of `optimizer` over `config.total_steps`, or `max_steps` where that is None.
+def run_factor(config: ScheduleConfig, peak_lr: float, max_steps: int) -> Callable[[int], float]:
+    """`schedule_factor` over `config.total_steps`, or `max_steps` where that is None.
 
-    Raises ValueError where neither says how long the run is and the schedule needs to know.
+    Raises ValueError as there, and where neither says how long the run is and the schedule needs to know.
     """
     total = config.total_steps if config.total_steps is not None else max_steps
     if total < 1 and config.kind != "constant":
@@ -91,4 +91,9 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, peak_lr: float,
             f"the {config.kind} schedule needs the length of the run: set trainer.max_steps (it is "
             f"{max_steps}) or schedule.total_steps"
         )
-    return LambdaLR(optimizer, schedule_factor(config, peak_lr, max(total, 1)))
+    return schedule_factor(config, peak_lr, max(total, 1))
+
+
+def build_schedule(optimizer: Optimizer, config: ScheduleConfig, peak_lr: float, max_steps: int) -> LambdaLR:
+    """The schedule of `optimizer` in a run of `max_steps`; raises as `run_factor`."""
+    return LambdaLR(optimizer, run_factor(config, peak_lr, max_steps))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ssm_modal.checkpoints.companions import COMPANIONS
 from ssm_modal.checkpoints.weights import WEIGHTS_FILES
@@ -52,6 +56,18 @@ def locate(path: str | os.PathLike[str]) -> Path:
     if _REPO_ID.fullmatch(name):
         return _fetch(name)
     raise CheckpointError(f"{name} does not exist")
+
+
+def stored_data(place: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """What the checkpoint at `place` (a .ckpt file or a run's folder) holds of its data module: classes, the
+    sample rate, the tokenizer, how images are prepared. Empty for a saved model's folder."""
+    file = locate(place)
+    if not file.is_file():
+        return {}
+    data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # Lightning keeps each data module's state under its class name.
+    found = [value for key, value in data.items() if key.endswith("DataModule") and isinstance(value, dict)]
+    return found[0] if found else {}
 
 
 def _run_checkpoint(folder: Path) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,11 +13,12 @@ from ssm_modal.attribution import Attribution, attribute
 from ssm_modal.attribution.hidden_attention import CHANNELS
 from ssm_modal.attribution.result import METHODS
 from ssm_modal.checkpoints import load_pretrained
-from ssm_modal.cli.explain_inputs import Explained, read_input, stored_data
+from ssm_modal.checkpoints.locate import stored_data
+from ssm_modal.cli.explain_inputs import Explained, read_input
 from ssm_modal.cli.language_model import find_device
 from ssm_modal.errors import nearest
 from ssm_modal.io.atomic import atomic_write
-from ssm_modal.io.text import expand_path
+from ssm_modal.io.text import expand_path, output_folder
 from ssm_modal.plots import new_figure, png
 
 _STRONGEST = 5  # positions that are printed
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.input is None) == (args.text is None):
         raise ValueError("give what is to be explained: either --input FILE or --text TEXT")
     device = find_device(args.device)
+    out = output_folder(args.out)
     place = str(expand_path(args.model, "--model"))
     model = load_pretrained(place, device=device)
     data = stored_data(place)
@@ -104,7 +105,6 @@ def run(args: argparse.Namespace) -> int:
         channels=args.channels,
     )
     found = explained.arrange(found)
-    out = Path(args.out)
     # All three are made before any is written.
     table, picture = found.table(0, explained.labels), _picture(explained, found, names)
     found.save(out / "attribution.safetensors")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ssm_modal.attribution import Attribution
-from ssm_modal.checkpoints.locate import locate
 from ssm_modal.cli.image_inputs import ImageInput, image_input
 from ssm_modal.cli.language_model import find_tokenizer
 from ssm_modal.io.audio import audio_info, read_audio
@@ -49,18 +48,6 @@ class Explained:
     labels: Sequence[str] | None = None
     classes: Sequence[str] = ()
     arrange: Callable[[Attribution], Attribution] = _as_it_is
-
-
-def stored_data(place: str) -> Mapping[str, Any]:
-    """What the checkpoint at `place` (a .ckpt file or a run's folder) holds of its data module: classes, the
-    sample rate, the tokenizer, how images are prepared. Empty for a saved model's folder."""
-    file = locate(place)
-    if not file.is_file():
-        return {}
-    data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    # Lightning keeps each data module's state under its class name.
-    found = [value for key, value in data.items() if key.endswith("DataModule") and isinstance(value, dict)]
-    return found[0] if found else {}
 
 
 def read_input(

@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     """Do what the options say; returns 0, or raises the error that says what is wrong with them."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
+    target = expand_path(args.out, "--out")
+    if target.suffix != ".safetensors" or target.is_dir():
+        raise ValueError(f"--out is {str(target)!r}, expected a file that ends in .safetensors")
     place = expand_path(args.model, "--model")
     model: Any = load_pretrained(place, device=find_device(args.device))
     about = image_input(model, place, args.mean, args.std)
@@ -70,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     if not done:
         raise ValueError(f"--images is {args.images!r}: no image of {len(files)} can be read")
     metadata = {"format": "pt", "files": json.dumps([os.fspath(file) for file in done])}
-    target = expand_path(args.out, "--out")
     tensors = {"features": torch.cat(vectors)}
     put_in_place(write_aside(target, lambda aside: save_file(tensors, aside, metadata)), target)
     if left_out:

@@ -19,7 +19,7 @@ import torch
 from ssm_modal.generation import GenerationConfig
 from ssm_modal.generation.waveforms import GeneratedWaveform, generate_waveforms
 from ssm_modal.io.atomic import atomic_write
-from ssm_modal.io.text import expand_path
+from ssm_modal.io.text import output_folder
 from ssm_modal.io.wav import write_wav
 from ssm_modal.models import CausalLM
 from ssm_modal.tokenizers import MuLawTokenizer
@@ -87,7 +87,7 @@ def run(
         raise ValueError("the tokenizer of the model knows no sample_rate, expected one for WAV files")
     job = Job.read(args, tokenizer)
     most = max(1, round(job.max_seconds * tokenizer.sample_rate))
-    folder = expand_path(args.out, "--out")
+    folder = output_folder(args.out)
     settings = {
         "weights": _fingerprint(model),
         "labels": list(job.labels),

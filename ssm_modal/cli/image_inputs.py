@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssm_modal.checkpoints.locate import locate
+from ssm_modal.checkpoints.locate import stored_data
 from ssm_modal.io.image_transforms import ImagePreprocessing, as_pixels, pixel_order
 from ssm_modal.io.images import read_image
 from ssm_modal.models import VisionMambaConfig
-
-# Under this name a training run's checkpoint holds how images became the model's input.
-_DATA = "ImageDataModule"
 
 
 class ImageInput:
@@ -48,13 +45,9 @@ def image_input(
 
     Raises ValueError where neither says it, or both do.
     """
-    found = locate(place)
-    stored: Mapping[str, Any] | None = None
-    if found.is_file():
-        checkpoint = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
-        stored = checkpoint.get(_DATA)
+    stored = stored_data(place)
     given = [name for name, value in (("mean", mean), ("std", std)) if value is not None]
-    if stored is not None:
+    if "image_size" in stored:
         if given:
             raise ValueError(f"--{given[0]} is given, but the run at {place} knows its own")
         return ImageInput(

@@ -10,7 +10,7 @@ import torch
 
 from ssm_modal.checkpoints import load_pretrained
 from ssm_modal.checkpoints.adapters import load_adapter
-from ssm_modal.checkpoints.locate import locate
+from ssm_modal.checkpoints.locate import locate, stored_data
 from ssm_modal.errors import CheckpointError
 from ssm_modal.io.text import expand_path
 from ssm_modal.layers.quantized import QUANTISATIONS
@@ -115,17 +115,10 @@ def find_tokenizer(model: str, spec: str | None = None) -> TextTokenizer | MuLaw
 def _stored_tokenizer(place: Path) -> TextTokenizer | MuLawTokenizer | None:
     """The tokenizer in the checkpoint at `place`, a .ckpt file or a run's folder; None without one."""
     try:
-        file = locate(place)
+        kept = stored_data(place).get("tokenizer")
     except CheckpointError:
         return None
-    if not file.is_file():
-        return None
-    data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    # Lightning keeps each data module's state under its class name.
-    for value in data.values():
-        if isinstance(value, dict) and isinstance(value.get("tokenizer"), str):
-            return tokenizer_from_config(json.loads(value["tokenizer"]))
-    return None
+    return None if kept is None else tokenizer_from_config(json.loads(kept))
 
 
 def find_device(name: str) -> torch.device:

@@ -255,6 +255,9 @@ class TrainingCLI(LightningCLI):
         if self.settings.trainer.fast_dev_run:
             return
         if _first_process():
+            check_steps = getattr(self.model, "check_steps", None)
+            if check_steps is not None:
+                check_steps(self.settings.trainer.max_steps)
             self._check_data()
             if self.resume_from is None:
                 aside = self.folder.move_aside()

@@ -20,7 +20,7 @@ from ssm_modal.genomics.mutagenesis import Mutations, mutate_region
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.bedgraph import Track, write_bedgraph
 from ssm_modal.io.journal import Journal
-from ssm_modal.io.text import expand_path
+from ssm_modal.io.text import output_folder
 from ssm_modal.plots import mutation_plot
 
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the options say; returns 0, or raises the error that says what is wrong with them."""
-    folder = expand_path(args.out, "--out")
+    folder = output_folder(args.out)
     genome = load_genome(args)
     place = region_place(genome, args.region)
     loaded = load_model(args)

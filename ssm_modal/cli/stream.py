@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from ssm_modal.checkpoints import load_pretrained
-from ssm_modal.checkpoints.locate import locate
+from ssm_modal.checkpoints.locate import stored_data
 from ssm_modal.generation import StreamingClassifier
-from ssm_modal.io.audio import audio_info, read_audio
+from ssm_modal.io.audio import check_audio, read_audio
 from ssm_modal.io.text import expand_path
 from ssm_modal.layers.inputs import IdsConfig
 from ssm_modal.models import SequenceClassifier
@@ -55,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(model, SequenceClassifier):
         raise ValueError(f"--model is a {type(model).__name__}, expected a SequenceClassifier")
     stream = StreamingClassifier(model)
-    known = trained_with(locate(place))
+    known = stored_data(place)
     rate = _rate(args.sample_rate, known.get("sample_rate"), place)
     classes = known.get("classes") or [str(i) for i in range(model.config.n_classes)]
     encode = MuLawTokenizer().encode if isinstance(model.config.input, IdsConfig) else None
     file = expand_path(args.file, "FILE")
-    total = audio_info(file).frames_at(rate)
+    about = check_audio(file, sample_rate=rate, resample=args.resample, mono=args.mono, decode=False)
+    total = about.frames_at(rate)
     size = max(1, round(args.chunk_ms * rate / 1000))
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
@@ -96,15 +94,6 @@ def run(args: argparse.Namespace) -> int:
 def quantile(values: list[float], q: float) -> float:
     """The smallest of `values` that a share `q` of them does not exceed."""
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
-
-
-def trained_with(found: Path) -> Mapping[str, Any]:
-    """`sample_rate` and `classes` of the audio that a checkpoint was trained with; empty for another file."""
-    if found.is_dir():
-        return {}
-    data = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
-    own = data.get("AudioDataModule", {})  # Lightning keeps a data module's state under its class's name
-    return own if isinstance(own, Mapping) else {}
 
 
 def _rate(given: int | None, trained: int | None, place: str) -> int:

@@ -28,7 +28,7 @@ from ssm_modal.io.bedgraph import Track, write_bedgraph
 from ssm_modal.io.coverage import coverage
 from ssm_modal.io.genome import Genome
 from ssm_modal.io.recordings import LeftOut
-from ssm_modal.io.text import expand_path
+from ssm_modal.io.text import expand_path, output_folder
 from ssm_modal.plots import track_plot
 
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("context", "spacing"):
         if getattr(args, name) < (1 if name == "spacing" else 0):
             raise ValueError(f"--{name} is {getattr(args, name)}, expected {int(name == 'spacing')} or more")
-    folder = expand_path(args.out, "--out")
+    folder = output_folder(args.out)
     genome = load_genome(args)
     place = region_place(genome, args.region)
     left_out: list[LeftOut] = []

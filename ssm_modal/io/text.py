@@ -46,6 +46,14 @@ def expand_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     return Path(full)
 
 
+def output_folder(path: str | os.PathLike[str], name: str = "--out") -> Path:
+    """`expand_path` of a folder to be written to; NotADirectoryError where a file stands there."""
+    folder = expand_path(path, name)
+    if folder.is_file():
+        raise NotADirectoryError(f"{name} is {str(folder)!r}, which is a file, expected a folder or nothing")
+    return folder
+
+
 def text_files(
     path: str | os.PathLike[str], suffixes: Sequence[str] = (".txt",), name: str = "path"
 ) -> list[Path]:

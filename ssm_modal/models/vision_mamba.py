@@ -95,6 +95,7 @@ def _create(variant: str, pretrained: bool, options: dict[str, Any]) -> Any:
         assert isinstance(config, VisionMambaConfig)
         return config.build()
 
+    build.__qualname__ = variant  # what an error calls it, for an option that it has not
     out_indices: int | tuple[int, ...] = options.pop("out_indices", 3)
     feature_cls: Literal["getter"] = "getter"
     return build_model_with_cfg(

@@ -119,7 +119,7 @@ def token_lines(tokens: Sequence[str]) -> int:
 
 
 def draw_image_relevance(panel: Figure | SubFigure, image: Tensor, relevance: Tensor) -> None:
-    """Draw `image` and, beside it, the relevance over its grey shadow and its scale below.
+    """Draw `image` and, beside it, the relevance over its grey shadow and the scale below.
 
     image: (height, width, channels), 1 or 3 of them, from 0 to 1. relevance: (rows, columns) of pixels or of
     patches, laid over the whole image.
@@ -138,7 +138,9 @@ def draw_image_relevance(panel: Figure | SubFigure, image: Tensor, relevance: Te
     over = right.imshow(
         values.numpy(), cmap=colors, norm=norm, alpha=0.65, extent=extent, interpolation="nearest"
     )
-    bar = panel.colorbar(over, ax=right, location="bottom", shrink=0.9, aspect=15, ticks=MaxNLocator(4))
+    bar = panel.colorbar(
+        over, ax=[left, right], location="bottom", shrink=0.6, aspect=20, ticks=MaxNLocator(5)
+    )
     bar.set_label("relevance", fontsize=7)
     bar.ax.tick_params(labelsize=6)
     for axes in (left, right):

@@ -437,6 +437,7 @@ def test_bad_arguments_are_named(folder: Path) -> None:
         ({"layout": "windows"}, "input is 'waveform' with layout"),
         ({"source": "unlabelled"}, 'source is "unlabelled" with layout'),
         ({"pattern": "(a)"}, "pattern is given with source 'folder'"),
+        ({"source": "pattern"}, 'pattern is None with source "pattern"'),
         ({"left_out_speaker": "ann"}, "left_out_speaker is given with source 'folder'"),
         ({"unknown": True}, "unknown is given"),
         ({"words": 10}, "words is given with source 'folder'"),

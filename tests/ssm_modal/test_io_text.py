@@ -12,7 +12,7 @@ import torch
 
 from ssm_modal.io.atomic import atomic_write
 from ssm_modal.io.ids import id_dtype, load_ids, open_corpus, write_corpus
-from ssm_modal.io.text import TextFileError, expand_path, iter_text, read_text, text_files
+from ssm_modal.io.text import TextFileError, expand_path, iter_text, output_folder, read_text, text_files
 from ssm_modal.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
 
 
@@ -66,6 +66,10 @@ def test_paths_fill_in_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         expand_path("$NOT_SET/x")
     with pytest.raises(ValueError, match="path is empty"):
         expand_path("")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"--out is '.*file', which is a file, expected a folder"):
+        output_folder("~/file")
+    assert output_folder("~/new") == tmp_path / "new"
 
 
 def test_bad_bytes_are_named_by_offset(tmp_path: Path) -> None:

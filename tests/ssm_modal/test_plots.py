@@ -56,6 +56,7 @@ def test_a_long_decision_takes_two_lines_that_fit_its_panel() -> None:
 
     examples_plot([Example(i, "$white $hark" * 9, 0.9, "tiger" * 20) for i in range(2)], draw, dpi=40)
     assert len(widths) == 2
+    examples_plot([Example(0, "$a", 0.9, "b$ {")], lambda panel, number: None, dpi=40)  # no formula either
 
 
 def test_each_example_is_drawn_in_a_panel_with_its_decision() -> None:

@@ -256,6 +256,25 @@ def test_a_folder_of_recordings_to_predictions(
     assert not list((run_dir / "results").rglob("*.tmp"))
 
 
+def test_what_cannot_be_trained_leaves_the_earlier_run_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ssm-modal"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    folder, run_dir = tones(tmp_path / "data", each=1), tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("earlier")
+    assert main(command("fit", folder, run_dir, **{"model.schedule.warmup_steps": 60})) == 1
+    assert "schedule.warmup_steps is 60, expected fewer than the 60 steps" in capsys.readouterr().err
+    for file in (folder / "high").iterdir():
+        file.write_bytes(b"no audio")
+    (folder / "low" / "0.wav").write_bytes(b"no audio")
+    assert main([*command("fit", folder, run_dir), "--skip-bad"]) == 1
+    assert "holds no recording, expected one or more (2 were left out as bad)" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir() if file != folder] == ["run"]
+    assert (run_dir / "config.yaml").read_text() == "earlier"
+
+
 def test_bad_recordings_are_left_out_and_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -103,6 +103,9 @@ def test_features_are_what_the_head_sees(
     assert run("features", "--model", model_path, "--images", images, "--out", out) == 1
     assert "bad.jpg: cannot be read as an image" in capsys.readouterr().err
     assert not out.exists()
+    for wrong in (tmp_path, tmp_path / "x.npy"):
+        assert run("features", "--model", model_path, "--images", images, "--out", wrong) == 1
+        assert f"--out is '{wrong}', expected a file that ends in .safetensors" in capsys.readouterr().err
     assert run("features", "--model", model_path, "--images", images, "--out", out, "--skip-bad") == 0
     assert [row["path"][-7:] for row in table(tmp_path / "x.safetensors.left_out.csv")] == ["bad.jpg"]
     with safe_open(out, "pt") as file:
