@@ -77,6 +77,16 @@ class LanguageModelling(TrainingTask):
             raise ValueError(f"input_noise is {input_noise}, expected 0 or more and below 1")
         self.stream, self.stream_segment, self.input_noise = stream, stream_segment, input_noise
 
+    def check_data(self, data: Any) -> None:
+        """Raise ValueError where the data module masks, or has ids the model cannot take."""
+        super().check_data(data)
+        objective = getattr(data, "objective", "causal")
+        if objective != "causal":
+            raise ValueError(
+                f"the data's objective is {objective!r}, but the model predicts the next token; set "
+                "data.init_args.objective to causal"
+            )
+
     def step(self, batch: Mapping[str, Any], stage: str) -> StepOutput:
         if stage == "train" and self.input_noise:
             batch = {**batch, "ids": self._noised(batch["ids"])}

@@ -58,7 +58,7 @@ def save_pretrained(
 
     Raises:
         ConfigError: the architecture has no words in that format; says all that stands in the way.
-        CheckpointError: `source` holds nothing, or a tokenizer of another kind than Hugging Face's.
+        CheckpointError: `source` holds nothing, or a tokenizer that transformers has no form of.
         FileExistsError: `folder` is a file or holds something. ValueError: unknown `format`, `shard_bytes`; a
             model with quantised weights.
     """

@@ -59,6 +59,7 @@ _HINTS = (
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*is not resumable.*",
     ".*recommended to use `self.log.*sync_dist=True.*",
+    ".*Total length of `list` across ranks is zero.*",  # a split that is not there is an empty list
     ".*does not have a test_dataloader.*",
     ".*litlogger.*",
     ".*`tensorboardX`.*",

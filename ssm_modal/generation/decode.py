@@ -139,9 +139,12 @@ class Decoder:
         )
         scratch._taken = self._taken.clone()
         scratch.seen = None if self.seen is None else self.seen.clone()
-        used = self._taken.device
+        # In recording, or in a part of it, the host notes a step that the device does not take.
+        before = self.state.reserve(0)
         try:
-            self._graph = captured(self._step, scratch._step, used)
+            self._graph = captured(self._step, scratch._step, self._taken.device)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # Nothing of the step ran. Such a model reads the device on the host, as odd widths of experts do.
             warnings.warn(
@@ -150,8 +153,7 @@ class Decoder:
                 stacklevel=2,
             )
             self.fixed = False
-        # While the graph was recorded the host noted a step that the device has not taken.
-        self.state.advance_(-1)
+        self.state = before
 
 
 def can_capture(device: torch.device) -> bool:

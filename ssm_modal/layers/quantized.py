@@ -88,7 +88,7 @@ class PackedWeight(WideParameters):
         if self.kind == "int4" and x.is_cuda and x.numel() == x.shape[-1] and x.dtype == self.dtype:
             # One row: a kernel that reads the packed weight once.
             state = self._state(self.absmax.view(-1), self.shape)
-            return _bitsandbytes().gemv_4bit(x, self.packed.view(-1, 1), state=state)
+            return _bitsandbytes().gemv_4bit(x.contiguous(), self.packed.view(-1, 1), state=state)
         return F.linear(x, self.dense().to(x.dtype))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -206,3 +206,45 @@ def test_runs_as_a_program(saved: Path) -> None:
     assert done.returncode == 0, done.stderr
     (text,) = expected(saved, ["abc"], max_new_tokens=5, temperature=0)
     assert done.stdout == "abc" + text + ("" if text.endswith("\n") else "\n")
+
+
+def test_a_state_is_kept_and_taken_up_for_several_prompts(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--model", saved, "--temperature", 0, "--max-new-tokens", 8)
+    file = tmp_path / "state.safetensors"
+    assert line(*common, "--prompt", "abc", "--save-state", file) == 0
+    (first,) = expected(saved, ["abc"], temperature=0, max_new_tokens=8)
+    capsys.readouterr()
+    assert line(*common, "--prompt", "de", "--prompt", "f", "--state", file, "--no-stream") == 0
+    texts = expected(saved, [f"abc{first}de", f"abc{first}f"], temperature=0, max_new_tokens=8)
+    out = capsys.readouterr().out
+    for row, (prompt, text) in enumerate(zip(("de", "f"), texts)):
+        assert "".join(f"[{row + 1}] {part}\n" for part in f"{prompt}{text}".split("\n") if part) in out
+    assert line(*common, "--prompt", "a", "--prompt", "b", "--save-state", file) == 1
+    assert "--save-state is given with 2 prompts, expected one" in capsys.readouterr().err
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    ssm_modal.create_model("mamba_lm", vocab_size=len(CHARACTERS), d_model=16, n_layers=1).save_pretrained(
+        other
+    )
+    CharTokenizer(CHARACTERS).save(other / "tokenizer.json")
+    assert line("--model", other, "--prompt", "a", "--state", file) == 1
+    assert "is the state of another model" in capsys.readouterr().err
+
+
+def test_weights_are_packed_by_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = ssm_modal.create_model("mamba_lm", vocab_size=len(CHARACTERS), d_model=64, n_layers=1)
+    model.save_pretrained(tmp_path)
+    CharTokenizer(CHARACTERS).save(tmp_path / "tokenizer.json")
+    common = ("--model", tmp_path, "--prompt", "abc", "--temperature", 0, "--max-new-tokens", 5)
+    assert line(*common, "--quantize", "int8") == 0
+    packed = ssm_modal.load_pretrained(tmp_path, quantize="int8")
+    config = GenerationConfig(temperature=0, max_new_tokens=5)
+    texts = generate(
+        packed, [CharTokenizer(CHARACTERS).encode("abc")], config, tokenizer=CharTokenizer(CHARACTERS)
+    )  # type: ignore[arg-type]
+    assert texts.texts is not None
+    assert capsys.readouterr().out.strip("\n") == f"abc{texts.texts[0]}".strip("\n")

@@ -18,7 +18,7 @@ from ssm_modal.checkpoints import loading, room
 from ssm_modal.cli.main import main
 from ssm_modal.errors import CheckpointError, ConfigError
 from ssm_modal.models import CausalLM, model_config
-from ssm_modal.tokenizers import ByteTokenizer, load_tokenizer
+from ssm_modal.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from tests.ssm_modal.published import VOCAB, edit_json, their_logits, theirs
 from tests.tolerances import OUTPUT, assert_close
 
@@ -589,9 +589,17 @@ def test_a_model_of_a_run_goes_to_transformers_with_its_tokenizer(tmp_path: Path
     assert tokenizer.eos_token == "<eos>"
     document = json.loads((tmp_path / "out" / "config.json").read_text())
     assert document["eos_token_id"] is None, "transformers' default, 0, would end texts at the first id"
-    ByteTokenizer().save(run / "tokenizer.json")
+    ours = ByteTokenizer(["pad", "eos"])
+    ours.save(run / "tokenizer.json")
+    ssm_modal.save_pretrained(model, tmp_path / "bytes", format="transformers", source=run)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "bytes")
+    text = "a B\n\t ½ 語\x00~\u00ad" + "".join(map(chr, range(256)))
+    assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs.decode(ours.encode(text)) == text
+    assert (len(theirs), theirs.pad_token_id, theirs.eos_token_id) == (258, 256, 257)
+    CharTokenizer("ab").save(run / "tokenizer.json")
     with pytest.raises(
-        CheckpointError, match=r"a tokenizer of kind 'byte' has no form that transformers reads"
+        CheckpointError, match=r"a tokenizer of kind 'char' has no form that transformers reads"
     ):
         ssm_modal.save_pretrained(model, tmp_path / "other", format="transformers", source=run)
     assert not (tmp_path / "other").exists()

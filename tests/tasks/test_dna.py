@@ -102,6 +102,9 @@ def test_nats_a_base_of_kmers_and_bad_pairings(genomes: Path, tmp_path: Path) ->
     assert found["val/nats_per_base"] == pytest.approx(found["val/loss"] / 2)
     with pytest.raises(ValueError, match="objective is 'causal', but the model predicts what is masked"):
         trainer(tmp_path / "run").fit(MaskedLanguageModelling("caduceus_ps", TINY), module(genomes))
+    masked = module(genomes, objective="masked")
+    with pytest.raises(ValueError, match="objective is 'masked', but the model predicts the next token"):
+        trainer(tmp_path / "run").fit(DNALanguageModelling("dna_lm", TINY), masked)
     with pytest.raises(ConfigError, match="model is 'dna_lm', a CausalLM; expected a masked one"):
         MaskedLanguageModelling("dna_lm", TINY)
     with pytest.raises(ValueError, match="expected a causal one, such as dna_lm"):
