@@ -41,5 +41,6 @@ def draw_waveform(panel: Figure | SubFigure, waveform: Tensor, sample_rate: int)
     )
     below.set_xlabel("s", fontsize=7)
     below.set_ylabel("kHz", fontsize=7)
+    below.locator_params(axis="x", nbins=6)
     for axes in (above, below):
         axes.tick_params(labelsize=6)

@@ -178,6 +178,16 @@ def bad_files(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.skipif("MP3" not in sf.available_formats(), reason="this libsndfile writes no mp3")
+def test_an_mp3_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.mp3", 0.3 * torch.sin(torch.arange(80_000) * 0.05), 16000).read_bytes()
+    for share, problem in ((0.6, "corrupt: the samples end at frame"), (0.05, "cannot be read as audio")):
+        (tmp_path / "short.mp3").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(AudioError, match=rf"short\.mp3: {problem}") as caught:
+            check_audio(tmp_path / "short.mp3")
+        assert "does not exist" not in str(caught.value)
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     for name, problem in bad_files(tmp_path).items():
         for function in (read_audio, check_audio):

@@ -417,6 +417,8 @@ def test_errors_name_the_argument() -> None:
         ConfigError, match="class_token is 'centre', expected one of 'head', 'middle', 'none'"
     ):
         make(class_token="centre")
+    with pytest.raises(TypeError, match=r"vim_tiny_patch16_224\(\) got .* keyword argument 'dropout'"):
+        timm.create_model("vim_tiny_patch16_224", dropout=0.1)
     model = make()
     with pytest.raises(
         ValueError, match=r"x has 3 channels, expected 1: the model was built with in_chans=1"
