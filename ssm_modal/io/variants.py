@@ -7,7 +7,6 @@ listed.
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import shutil
@@ -145,7 +144,7 @@ def open_vcf(file: Path) -> Iterator[Any]:
             if _gzip_only(file):
                 # pysam reads no gzip but bgzip.
                 plain = Path(folder) / "variants.vcf"
-                with gzip.open(file, "rb") as packed, open(plain, "wb") as out:
+                with open_text(file) as packed, open(plain, "w", encoding="utf-8") as out:
                     shutil.copyfileobj(packed, out)
             try:
                 source = pysam.VariantFile(str(plain))

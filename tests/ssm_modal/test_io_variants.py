@@ -109,6 +109,18 @@ def test_bad_lines_are_named_or_left_out(tmp_path: Path, genome: Genome, line: s
     assert left_out == [LeftOut(file, raised.value.problem)]
 
 
+@pytest.mark.parametrize("bgzip", [True, False])
+def test_a_compressed_file_that_is_cut_short_is_named(tmp_path: Path, genome: Genome, bgzip: bool) -> None:
+    text = vcf(tmp_path / "a.vcf", *["1 3 . G T . . . GT 0/1"] * 3).read_bytes()
+    file = tmp_path / "a.vcf.gz"
+    with pysam.BGZFile(str(file), "wb") if bgzip else gzip.open(file, "wb") as out:
+        out.write(text)
+    assert len(list(iter_variants(file, genome))) == 3
+    file.write_bytes(file.read_bytes()[:120])
+    with pytest.raises(GenomeError, match=r"a\.vcf\.gz: "):
+        list(iter_variants(file, genome))
+
+
 def test_tables(tmp_path: Path, genome: Genome) -> None:
     file = tmp_path / "a.tsv"
     file.write_text("##note\nname\tCHROM\tpos\tref\tALT\n\nx\tchr1\t2\tC\tT,*\ny\t2\t4\tG\t.\nz\t1\t3\n")
