@@ -280,6 +280,11 @@ class Attention(Mixer):
         if seqs is None and length == 1:
             seen = torch.arange(new.capacity, device=q.device) <= state.lengths[:, None]
             return self._attend_cache(q, key, value, seen)[:, None], new
+        if torch.compiler.is_compiling() and seqs is None:
+            # A graph is traced without the rows' lengths: all of the cache then, and a mask.
+            seen = torch.arange(new.capacity, device=q.device) <= slots.view(batch, 1, length, 1)
+            y = self._attend(q.unflatten(0, (batch, length)).transpose(1, 2), key, value, seen)
+            return y.transpose(1, 2).flatten(-2), new
         parts, end = [], 0
         before = state.lengths.tolist()
         if len({*zip(before, lengths)}) == 1:
