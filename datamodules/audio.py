@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from ssm_modal.datamodules.audio_augment import Augmentation
 from ssm_modal.datamodules.audio_batches import AudioBatches, Input, Layout
-from ssm_modal.datamodules.audio_plan import BatchPlan
+from ssm_modal.datamodules.batch_plan import BatchPlan
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, check_same, run_seed
-from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
+from ssm_modal.datamodules.run_files import write_run_files
 from ssm_modal.io.audio import AUDIO_SUFFIXES
-from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.manifests import read_manifest
 from ssm_modal.io.recordings import (
     SPLITS,
@@ -283,12 +281,11 @@ class AudioDataModule(pl.LightningDataModule):
             )
         if stage != "fit" or trainer is None:
             return
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            folder = Path(trainer.default_root_dir)
-            if self.layout == "windows":
-                save_run_tokenizer(self.tokenizer, folder)
-            if self.skip_bad:
-                write_left_out(folder / "left_out.csv", self._left_out)
+        write_run_files(
+            trainer,
+            tokenizer=self.tokenizer if self.layout == "windows" else None,
+            left_out=self._left_out if self.skip_bad else None,
+        )
 
     def check_fit(self) -> None:
         """Raise ValueError where training lacks recordings, or a class."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssm_modal.datamodules.audio_augment import Augmentation
-from ssm_modal.datamodules.audio_plan import BatchPlan, Parts
+from ssm_modal.datamodules.batch_plan import BatchPlan, Parts, PlannedBatches
 from ssm_modal.datamodules.resumable import derived_generator
 from ssm_modal.io.recordings import Clip
 from ssm_modal.tokenizers.waveform import MuLawTokenizer
@@ -22,7 +22,7 @@ Input = Literal["waveform", "mu_law"]
 
 
 @dataclass
-class AudioBatches:
+class AudioBatches(PlannedBatches):
     """Batches of one split, each a pure function of its index: `make(index, rank, world)`.
 
     Layout "recordings": whole recordings end to end, n of them with `total` samples together:
@@ -54,26 +54,6 @@ class AudioBatches:
     augment: Augmentation | None = None
     keep_every: int = 1
     tokenizer: MuLawTokenizer = field(default_factory=MuLawTokenizer)
-    _evaluation: list[Parts] | None = field(default=None, repr=False)
-
-    @property
-    def n_batches(self) -> int:
-        """Batches that evaluation takes."""
-        return len(self._parts())
-
-    def make_training(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
-        """Training batch `index`: of all batches in their order the processes take turns."""
-        epoch, parts = self.plan.training(index * world + rank)
-        return self._batch(parts, epoch)
-
-    def make_evaluation(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
-        """Evaluation batch `index`: over all batches every recording once, in order, nothing augmented."""
-        return self._batch(self._parts()[index], None)
-
-    def _parts(self) -> list[Parts]:
-        if self._evaluation is None:
-            self._evaluation = self.plan.evaluation()
-        return self._evaluation
 
     def _batch(self, parts: Parts, epoch: int | None) -> dict[str, Tensor]:
         rows = list(zip(parts.recording.tolist(), parts.first.tolist(), parts.last.tolist()))

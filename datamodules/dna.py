@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,10 +12,9 @@ from ssm_modal.datamodules.dna_batches import DNABatches, Objective
 from ssm_modal.datamodules.dna_plan import Stage, Stretch, split_genome, training_stages
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, check_same, run_seed
-from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
+from ssm_modal.datamodules.run_files import write_run_files
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import GENOME_SUFFIXES, Genome, open_genome
-from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.nucleotides import GenomeError
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import text_files
@@ -196,11 +194,7 @@ class DNADataModule(pl.LightningDataModule):
         if stage != "fit" or trainer is None:
             return
         self.batches("train")
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            folder = Path(trainer.default_root_dir)
-            save_run_tokenizer(self.tokenizer, folder)
-            if self.skip_bad:
-                write_left_out(folder / "left_out.csv", self.left_out)
+        write_run_files(trainer, tokenizer=self.tokenizer, left_out=self.left_out if self.skip_bad else None)
 
     def batches(self, split: str) -> DNABatches:
         """The batches of `split` as pure functions of their index."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,18 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from ssm_modal.datamodules.audio_plan import BatchPlan, Parts
+from ssm_modal.datamodules.batch_plan import BatchPlan, Parts, PlannedBatches
 from ssm_modal.datamodules.dna import SPLITS, build_dna_tokenizer
 from ssm_modal.datamodules.dna_masking import IGNORE
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, check_same, derived_seed, run_seed
-from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
+from ssm_modal.datamodules.run_files import write_run_files
 from ssm_modal.io.labelled_sequences import (
     LabelledSequence,
     class_names,
     read_labelled_sequences,
     read_unlabelled_sequences,
 )
-from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.nucleotides import GenomeError, letters_of, reverse_complement, text_of
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path
@@ -33,7 +32,7 @@ from ssm_modal.tokenizers.dna import DNATokenizer
 
 
 @dataclass
-class LabelledDNABatches:
+class LabelledDNABatches(PlannedBatches):
     """Batches of one split, each a pure function of its index: `make(index, rank, world)`.
 
     n sequences end to end, with `total` tokens together:
@@ -55,26 +54,6 @@ class LabelledDNABatches:
     tokenizer: DNATokenizer
     augment: bool = False
     seen: Tensor | None = None
-    _evaluation: list[Parts] | None = field(default=None, repr=False)
-
-    @property
-    def n_batches(self) -> int:
-        """Batches that evaluation takes."""
-        return len(self._parts())
-
-    def make_training(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
-        """Training batch `index`: of all batches in their order the processes take turns."""
-        epoch, parts = self.plan.training(index * world + rank)
-        return self._batch(parts, epoch)
-
-    def make_evaluation(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
-        """Evaluation batch `index`: over all batches every sequence once, in order, as it is in the file."""
-        return self._batch(self._parts()[index], None)
-
-    def _parts(self) -> list[Parts]:
-        if self._evaluation is None:
-            self._evaluation = self.plan.evaluation()
-        return self._evaluation
 
     def _batch(self, parts: Parts, epoch: int | None) -> dict[str, Tensor]:
         rows = parts.recording.tolist()
@@ -223,11 +202,7 @@ class DNAClassificationDataModule(pl.LightningDataModule):
         trainer = self.trainer
         if stage != "fit" or trainer is None:
             return
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            folder = Path(trainer.default_root_dir)
-            save_run_tokenizer(self.tokenizer, folder)
-            if self.skip_bad:
-                write_left_out(folder / "left_out.csv", self._left_out)
+        write_run_files(trainer, tokenizer=self.tokenizer, left_out=self._left_out if self.skip_bad else None)
 
     def batches(self, split: str) -> LabelledDNABatches:
         """The batches of `split` as pure functions of their index; ValueError where it has no sequence."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -15,9 +14,9 @@ from ssm_modal.datamodules.image_batches import ImageBatches, Layout
 from ssm_modal.datamodules.image_sources import PUBLISHED, Sample, folder_images, published_images
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, check_same, run_seed
+from ssm_modal.datamodules.run_files import write_run_files
 from ssm_modal.io.image_transforms import ImageAugmentation, ImagePreprocessing, as_pixels, pixel_order
 from ssm_modal.io.images import IMAGE_SUFFIXES
-from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.recordings import SPLITS, LeftOut
 from ssm_modal.plots import draw_image, draw_image_relevance
 
@@ -245,10 +244,9 @@ class ImageDataModule(pl.LightningDataModule):
                 f"the test split of {self.path!r} holds no image, so nothing is tested: give it one or more, "
                 "or a larger test_fraction"
             )
-        if stage != "fit" or trainer is None or not self.skip_bad:
+        if stage != "fit" or trainer is None:
             return
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            write_left_out(Path(trainer.default_root_dir) / "left_out.csv", self._left_out)
+        write_run_files(trainer, left_out=self._left_out if self.skip_bad else None)
 
     def check_fit(self) -> None:
         """Raise ValueError where training lacks images, or a class."""

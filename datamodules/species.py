@@ -16,11 +16,10 @@ from torch import Tensor
 from ssm_modal.datamodules.dna import build_dna_tokenizer
 from ssm_modal.datamodules.left_out import warn_left_out
 from ssm_modal.datamodules.resumable import ResumableLoader, check_same, derived_seed, global_rows, run_seed
-from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
+from ssm_modal.datamodules.run_files import write_run_files
 from ssm_modal.datamodules.species_plan import SpeciesPlan, SpeciesSplit, plan_species
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.genome import Genome, open_genome
-from ssm_modal.io.left_out import write_left_out
 from ssm_modal.io.nucleotides import GenomeError, reverse_complement
 from ssm_modal.io.recordings import LeftOut
 from ssm_modal.io.text import expand_path
@@ -227,11 +226,8 @@ class SpeciesDataModule(pl.LightningDataModule):
         if stage != "fit" or trainer is None:
             return
         self._places  # noqa: B018
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            folder = Path(trainer.default_root_dir)
-            save_run_tokenizer(self.tokenizer, folder)
-            if self.skip_bad:
-                write_left_out(folder / "left_out.csv", self.left_out)
+        left_out = self.left_out if self.skip_bad else None
+        if write_run_files(trainer, tokenizer=self.tokenizer, left_out=left_out):
             for name, removed, of in zip(self.classes, plan.removed, plan.candidates):
                 print(
                     f"{name}: {removed} of {of} blocks of training stand in another species' held-out folds"

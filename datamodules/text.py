@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssm_modal.datamodules.resumable import ResumableLoader, derived_seed, global_rows, run_seed
-from ssm_modal.datamodules.run_tokenizer import save_run_tokenizer
+from ssm_modal.datamodules.run_files import write_run_files
 from ssm_modal.io.cache import cache_folder
 from ssm_modal.io.ids import IdCorpus, IdSplit, write_corpus
 from ssm_modal.io.text import iter_text, text_files
@@ -234,8 +234,7 @@ class TextDataModule(pl.LightningDataModule):
         trainer = self.trainer
         if stage == "fit" and trainer is not None:
             self.check_fit()
-            if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-                save_run_tokenizer(self.tokenizer, Path(trainer.default_root_dir))
+            write_run_files(trainer, tokenizer=self.tokenizer)
 
     def stream(self, split: str) -> Tensor:
         """All ids of `split` ("train", "validation" or "test"), (tokens,), mapped from the disk.

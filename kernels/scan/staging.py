@@ -212,7 +212,8 @@ def stage_rows(
 ):
     """Store steps first ... first + STAGE - 1 of B, and behind them of C, in fp32 at `base`.
 
-    Those AHEAD steps further are then asked for, to be near when their turn comes; none where it is 0.
+    Those AHEAD steps further are then asked for, to be near when their turn comes: a hint, given where rows
+    come 16 bytes at a time and AHEAD is not 0.
 
     b_row, c_row: pointers to step 0, c_row None for B alone; step: 1 or -1. Rows from step `count` on are 0.
     """

@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 
 from ssm_modal.datamodules.audio import AudioDataModule
 from ssm_modal.datamodules.audio_augment import Augmentation
-from ssm_modal.datamodules.audio_plan import BatchPlan, cut
+from ssm_modal.datamodules.batch_plan import BatchPlan, cut
 from ssm_modal.datamodules.resumable import derived_generator
 from ssm_modal.io.audio import AudioError, read_audio
 from ssm_modal.io.manifests import ManifestError

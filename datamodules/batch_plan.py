@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -115,3 +116,34 @@ def _borders(sizes: Tensor, budget: int) -> list[int]:
         taken = ends[at - 1] if at else 0
         borders.append(max(at + 1, bisect_right(ends, taken + budget)))
     return borders
+
+
+class PlannedBatches:
+    """Batches of one split by a `plan`, each a pure function of its index: `make(index, rank, world)`.
+
+    What derives from it holds `plan` and says in `_batch` what a batch of parts is.
+    """
+
+    plan: BatchPlan
+
+    @property
+    def n_batches(self) -> int:
+        """Batches that evaluation takes."""
+        return len(self._evaluation)
+
+    def make_training(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
+        """Training batch `index`: of all batches in their order the processes take turns."""
+        epoch, parts = self.plan.training(index * world + rank)
+        return self._batch(parts, epoch)
+
+    def make_evaluation(self, index: int, rank: int, world: int) -> dict[str, Tensor]:
+        """Evaluation batch `index`: over all batches every part once, in order, nothing augmented."""
+        return self._batch(self._evaluation[index], None)
+
+    @cached_property
+    def _evaluation(self) -> list[Parts]:
+        return self.plan.evaluation()
+
+    def _batch(self, parts: Parts, epoch: int | None) -> dict[str, Tensor]:
+        """The batch of `parts` in training's `epoch`, or in evaluation, where it is None."""
+        raise NotImplementedError(f"{type(self).__name__} must define _batch(parts, epoch)")
