@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ssm_modal.errors import ConfigError
+from ssm_modal.errors import ConfigError, StateError
 from ssm_modal.kernels.checks import state_dtype
+from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
-from ssm_modal.layers.inputs import InputConfig, StridedWaveformConfig, StridedWaveformInput
+from ssm_modal.layers.inputs import InputConfig, StridedState, StridedWaveformConfig, StridedWaveformInput
+from ssm_modal.layers.spec_augment import SpecAugmentConfig, spec_masks
+
+# Added to the variances of log energies, whose deviations in speech are some natural log units: a filter that
+# hears a steady hum alone is not blown up.
+VARIANCE_FLOOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,19 @@ class FilterbankConfig(InputConfig):
     a filter. floor: keeps silence finite; energies are those of samples from -1 to 1, filters of unit gain.
     low, high: where the filters' centres start, as parts of half the sample rate, equally far apart in mel at
     `mel_rate` samples a second.
+
+    normalize: what is done to the log energies of each recording, packed ones each by their own:
+
+        "none"            nothing, as above
+        "mean"            e_i minus its mean over the recording's vectors stands for e_i - offset_i (there is
+                          no offset): cepstral mean normalisation (Atal, JASA 55, 1974). As far as energies
+                          are well above the floor neither the recording's loudness nor a fixed filter in
+                          front of it, such as a microphone's, changes anything
+        "mean_variance"   that divided by the root of its variance over the vectors plus
+                          `VARIANCE_FLOOR`, filter by filter; gain starts at 1
+
+    The waveform itself is left as it is. Both need the whole recording: a causal model, or a chunk of a
+    stream, is refused. spec_augment: masks on the log energies in training, see `SpecAugmentConfig`.
     """
 
     type: ClassVar[str] = "filterbank"
@@ -44,6 +63,8 @@ class FilterbankConfig(InputConfig):
     low: float = 0.015
     high: float = 0.95
     mel_rate: int = 8000
+    normalize: Literal["none", "mean", "mean_variance"] = "none"
+    spec_augment: SpecAugmentConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +85,10 @@ class FilterbankConfig(InputConfig):
         """How often each filter is heard in a window."""
         return (self.window - self.kernel) // self.pool_stride + 1
 
+    @property
+    def needs_whole(self) -> str | None:
+        return None if self.normalize == "none" else "normalize"
+
     def build(self, d_model: int) -> FilterbankInput:
         return FilterbankInput(d_model, self)
 
@@ -81,15 +106,54 @@ class FilterbankInput(StridedWaveformInput):
         self.filterbank = config
         self.conv = nn.Linear(config.kernel, 2 * config.n_filters, bias=False)
         self.proj = nn.Linear(config.n_filters, d_model)
+        self.width = config.n_filters
         hann = torch.hann_window(config.pool_positions + 2, periodic=False)[1:-1]
         self.pool = nn.Parameter(hann.log().expand(config.n_filters, -1).clone())
         # Log energies of speech lie some log units around the middle between the floor and a loud sound.
-        self.gain = nn.Parameter(torch.full((config.n_filters,), 0.25))
-        self.offset = nn.Parameter(torch.full((config.n_filters,), math.log(config.floor) / 2))
+        gain = 1.0 if config.normalize == "mean_variance" else 0.25
+        self.gain = nn.Parameter(torch.full((config.n_filters,), gain))
+        self.offset: nn.Parameter | None = None
+        if config.normalize == "none":
+            self.offset = nn.Parameter(torch.full((config.n_filters,), math.log(config.floor) / 2))
         with torch.no_grad():
             self.conv.weight.copy_(mel_gabor_filters(config))
 
+    def forward(
+        self, x: Tensor, state: StridedState | None = None, *, seqs: Sequences | None = None
+    ) -> tuple[Tensor, Sequences | None, StridedState]:
+        config = self.filterbank
+        if state is not None and config.normalize != "none":
+            raise StateError(
+                f"FilterbankInput: was given a state, but normalize is {config.normalize!r}, which needs the "
+                "whole recording"
+            )
+        energy, steps, new = super().forward(x, state, seqs=seqs)
+        masked = self.training and config.spec_augment is not None
+        if config.normalize != "none" or masked:
+            rows = steps
+            if rows is None:
+                rows = Sequences.from_lengths([energy.shape[1]] * energy.shape[0], energy.device)
+            energy = self._normalized(energy.flatten(0, 1), rows).view_as(energy)
+        if self.offset is not None:
+            energy = energy - self.offset
+        return self.proj((self.gain * energy).to(self.proj.weight.dtype)), steps, new
+
+    def _normalized(self, energy: Tensor, rows: Sequences) -> Tensor:
+        """energy: (total, n_filters), sequences end to end; the same normalised, and masked in training."""
+        config, index = self.filterbank, rows.seq_index()
+        lengths = rows.cu_seqlens.diff()
+        mean = segment_means(energy, rows)[index]
+        if config.normalize != "none":
+            energy, mean = energy - mean, torch.zeros_like(mean)
+        if config.normalize == "mean_variance":
+            energy = energy * (segment_means(energy.square(), rows) + VARIANCE_FLOOR).rsqrt()[index]
+        if self.training and config.spec_augment is not None:
+            masks = spec_masks(config.spec_augment, lengths, index, rows.positions(), energy.shape[-1])
+            energy = torch.where(masks, mean, energy)
+        return energy
+
     def _embed(self, windows: Tensor) -> Tensor:
+        """(..., window) samples to log energies (..., n_filters), fp32, or fp64 with fp64."""
         config = self.filterbank
         heard = windows.to(self.conv.weight.dtype).unfold(-1, config.kernel, config.pool_stride)
         real, imaginary = self.conv(heard).chunk(2, dim=-1)  # (..., positions, n_filters) each
@@ -97,8 +161,14 @@ class FilterbankInput(StridedWaveformInput):
         wide = state_dtype(real.dtype)
         power = real.to(wide).square() + imaginary.to(wide).square()
         smoothed = (power * self.pool.to(wide).softmax(1).T).sum(-2)
-        energy = torch.log(smoothed + config.floor)
-        return self.proj((self.gain * (energy - self.offset)).to(self.proj.weight.dtype))
+        return torch.log(smoothed + config.floor)
+
+
+def segment_means(values: Tensor, rows: Sequences) -> Tensor:
+    """The means over each of the sequences end to end in `values` (total, channels): (sequences, channels);
+    0 for a sequence without a step."""
+    # A reduction a sequence: in the same order every time, which atomic adds on a GPU are not.
+    return torch.stack([p.mean(0) if len(p) else p.sum(0) for p in values.split(list(rows.lengths))])
 
 
 def mel_gabor_filters(config: FilterbankConfig) -> Tensor:

@@ -404,11 +404,20 @@ def test_presets_are_found_below_the_data_folder(tmp_path: Path, monkeypatch: py
     assert [len(data.clips(s)) for s in ("train", "validation", "test")] == [4, 2, 2]
     held = AudioDataModule(source="free_spoken_digits", sample_rate=8000, left_out_speaker="ann")
     assert [len(held.clips(s)) for s in ("train", "validation", "test")] == [0, 0, 8]
+    for i in range(3):
+        write_wav(tmp_path / "audio" / "fsdd" / "recordings" / f"8_bob_{i}.wav", torch.rand(30), 8000)
+    nested = AudioDataModule(
+        source="free_spoken_digits",
+        sample_rate=8000,
+        left_out_speaker="ann",
+        validation_speaker="bob",
+    )
+    assert [len(nested.clips(s)) for s in ("train", "validation", "test")] == [0, 3, 8]
     unlabelled = AudioDataModule(
         str(tmp_path), "unlabelled", sample_rate=16000, resample=True, layout="windows", input="mu_law"
     )
     assert unlabelled.classes == ()
-    assert len(unlabelled.clips("train")) == 8
+    assert len(unlabelled.clips("train")) == 11
     assert set(unlabelled.batches("train").make_training(0, 0, 1)["classes"].tolist()) == {-100}
     monkeypatch.delenv("SSM_MODAL_DATA")
     with pytest.raises(ValueError, match="the environment variable SSM_MODAL_DATA is not set"):
@@ -439,6 +448,7 @@ def test_bad_arguments_are_named(folder: Path) -> None:
         ({"pattern": "(a)"}, "pattern is given with source 'folder'"),
         ({"source": "pattern"}, 'pattern is None with source "pattern"'),
         ({"left_out_speaker": "ann"}, "left_out_speaker is given with source 'folder'"),
+        ({"validation_speaker": "ann"}, "validation_speaker is given with source 'folder'"),
         ({"unknown": True}, "unknown is given"),
         ({"words": 10}, "words is given with source 'folder'"),
         ({"source": "manifest", "suffixes": [".aif"]}, "suffixes is given with source 'manifest'"),
