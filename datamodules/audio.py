@@ -74,7 +74,7 @@ class AudioDataModule(pl.LightningDataModule):
         window: ids predicted in one window at most; None: whole recordings. For layout "windows".
         condition: "label": each recording begins with the id of its class, so that the model can be asked for
             one; "none": with one id for all. For layout "windows".
-        augment: see `Augmentation`; training alone. Layout "windows" takes no shift and no speed.
+        augment: see `Augmentation`; training alone. Layout "windows" takes no shift, padding or speed.
         val_fraction, test_fraction: parts of the recordings of each label, for those whose split nothing else
             decides, see `assign_splits`.
         suffixes: endings of the files read below a folder; of sources "folder", "pattern" and "unlabelled".
@@ -148,7 +148,7 @@ class AudioDataModule(pl.LightningDataModule):
             )
         if layout == "windows" and augment is not None and not augment.keeps_place:
             raise ValueError(
-                'augment moves samples with layout "windows", expected shift_seconds 0 and no speed'
+                'augment moves samples with layout "windows", expected no shift, padding or speed'
             )
         if layout == "windows" and keep_every != 1:
             raise ValueError(f'keep_every is {keep_every} with layout "windows", expected 1')

@@ -19,11 +19,12 @@ from ssm_modal.kernels.checks import state_dtype
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.layers.config import check_positive
 from ssm_modal.layers.inputs import InputConfig, StridedState, StridedWaveformConfig, StridedWaveformInput
-from ssm_modal.layers.spec_augment import SpecAugmentConfig, spec_masks
+from ssm_modal.layers.spec_augment import SpecAugmentConfig, sequence_sums, spec_augment
 
-# Added to the variances of log energies, whose deviations in speech are some natural log units: a filter that
-# hears a steady hum alone is not blown up.
-VARIANCE_FLOOR = 0.1
+# A vector of this power in units of its recording's level counts half in the mean: 20 dB below speech.
+_QUIET = 0.01
+# Below any power of sound, whose 16 bits end at 1e-10.
+_NOTHING = 1e-20
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,20 @@ class FilterbankConfig(InputConfig):
     low, high: where the filters' centres start, as parts of half the sample rate, equally far apart in mel at
     `mel_rate` samples a second.
 
-    normalize: what is done to the log energies of each recording, packed ones each by their own:
+    normalize: "mean": each recording, packed ones each on its own, is heard relative to its loudness and to
+    its spectrum over time (cepstral mean normalisation, Atal, JASA 55, 1974, over what is not silent in it).
+    With P_ti the sums above, g_t their geometric mean over the filters, which a hum in few of them does not
+    lift, and L = sum_t g_t^2 / sum_t g_t, the level, which silence around the speech does not lower:
 
-        "none"            nothing, as above
-        "mean"            e_i minus its mean over the recording's vectors stands for e_i - offset_i (there is
-                          no offset): cepstral mean normalisation (Atal, JASA 55, 1974). As far as energies
-                          are well above the floor neither the recording's loudness nor a fixed filter in
-                          front of it, such as a microphone's, changes anything
-        "mean_variance"   that divided by the root of its variance over the vectors plus
-                          `VARIANCE_FLOOR`, filter by filter; gain starts at 1
+        e_ti = log(P_ti / L + floor)      w_t = g_t / (g_t + 0.01 L)      m_i = sum_t w_t e_ti / sum_t w_t
 
-    The waveform itself is left as it is. Both need the whole recording: a causal model, or a chunk of a
-    stream, is refused. spec_augment: masks on the log energies in training, see `SpecAugmentConfig`.
+    and e_ti - m_i stands for e_i - offset_i; there is no offset, and floor is relative: 1e-3 leaves 30 dB
+    below the level. So the recording's loudness changes nothing, silence before and behind it does not change
+    what is heard of the rest, and of a filter in front of it, such as a microphone, no more is left than what
+    the floor hides. The waveform itself is left as it is. A model with it needs whole recordings: a causal
+    one, or a chunk of a stream, is refused. "none": nothing of this.
+
+    spec_augment: masks on the log energies in training, see `SpecAugmentConfig`.
     """
 
     type: ClassVar[str] = "filterbank"
@@ -63,7 +66,7 @@ class FilterbankConfig(InputConfig):
     low: float = 0.015
     high: float = 0.95
     mel_rate: int = 8000
-    normalize: Literal["none", "mean", "mean_variance"] = "none"
+    normalize: Literal["none", "mean"] = "none"
     spec_augment: SpecAugmentConfig | None = None
 
     def __post_init__(self) -> None:
@@ -110,8 +113,7 @@ class FilterbankInput(StridedWaveformInput):
         hann = torch.hann_window(config.pool_positions + 2, periodic=False)[1:-1]
         self.pool = nn.Parameter(hann.log().expand(config.n_filters, -1).clone())
         # Log energies of speech lie some log units around the middle between the floor and a loud sound.
-        gain = 1.0 if config.normalize == "mean_variance" else 0.25
-        self.gain = nn.Parameter(torch.full((config.n_filters,), gain))
+        self.gain = nn.Parameter(torch.full((config.n_filters,), 0.25))
         self.offset: nn.Parameter | None = None
         if config.normalize == "none":
             self.offset = nn.Parameter(torch.full((config.n_filters,), math.log(config.floor) / 2))
@@ -127,48 +129,42 @@ class FilterbankInput(StridedWaveformInput):
                 f"FilterbankInput: was given a state, but normalize is {config.normalize!r}, which needs the "
                 "whole recording"
             )
-        energy, steps, new = super().forward(x, state, seqs=seqs)
-        masked = self.training and config.spec_augment is not None
-        if config.normalize != "none" or masked:
-            rows = steps
-            if rows is None:
-                rows = Sequences.from_lengths([energy.shape[1]] * energy.shape[0], energy.device)
-            energy = self._normalized(energy.flatten(0, 1), rows).view_as(energy)
-        if self.offset is not None:
-            energy = energy - self.offset
+        power, steps, new = super().forward(x, state, seqs=seqs)
+        rows = steps
+        if rows is None:
+            rows = Sequences.from_lengths([power.shape[1]] * power.shape[0], power.device)
+        flat = power.flatten(0, 1)
+        if self.offset is None:
+            energy = normalized_energies(flat, rows, config.floor)
+        else:
+            energy = torch.log(flat + config.floor) - self.offset
+        if self.training and config.spec_augment is not None:
+            energy = spec_augment(config.spec_augment, energy, rows)
+        energy = energy.view_as(power)
         return self.proj((self.gain * energy).to(self.proj.weight.dtype)), steps, new
 
-    def _normalized(self, energy: Tensor, rows: Sequences) -> Tensor:
-        """energy: (total, n_filters), sequences end to end; the same normalised, and masked in training."""
-        config, index = self.filterbank, rows.seq_index()
-        lengths = rows.cu_seqlens.diff()
-        mean = segment_means(energy, rows)[index]
-        if config.normalize != "none":
-            energy, mean = energy - mean, torch.zeros_like(mean)
-        if config.normalize == "mean_variance":
-            energy = energy * (segment_means(energy.square(), rows) + VARIANCE_FLOOR).rsqrt()[index]
-        if self.training and config.spec_augment is not None:
-            masks = spec_masks(config.spec_augment, lengths, index, rows.positions(), energy.shape[-1])
-            energy = torch.where(masks, mean, energy)
-        return energy
-
     def _embed(self, windows: Tensor) -> Tensor:
-        """(..., window) samples to log energies (..., n_filters), fp32, or fp64 with fp64."""
+        """(..., window) samples to smoothed powers (..., n_filters), fp32, or fp64 with fp64."""
         config = self.filterbank
         heard = windows.to(self.conv.weight.dtype).unfold(-1, config.kernel, config.pool_stride)
         real, imaginary = self.conv(heard).chunk(2, dim=-1)  # (..., positions, n_filters) each
         # Sums of small squares and their logarithm need more digits than half precision has.
         wide = state_dtype(real.dtype)
         power = real.to(wide).square() + imaginary.to(wide).square()
-        smoothed = (power * self.pool.to(wide).softmax(1).T).sum(-2)
-        return torch.log(smoothed + config.floor)
+        return (power * self.pool.to(wide).softmax(1).T).sum(-2)
 
 
-def segment_means(values: Tensor, rows: Sequences) -> Tensor:
-    """The means over each of the sequences end to end in `values` (total, channels): (sequences, channels);
-    0 for a sequence without a step."""
-    # A reduction a sequence: in the same order every time, which atomic adds on a GPU are not.
-    return torch.stack([p.mean(0) if len(p) else p.sum(0) for p in values.split(list(rows.lengths))])
+def normalized_energies(power: Tensor, rows: Sequences, floor: float) -> Tensor:
+    """power: (total, n_filters), what filters heard of sequences end to end; the e_ti - m_i of
+    `FilterbankConfig.normalize`, (total, n_filters)."""
+    index = rows.seq_index()
+    frame = torch.log(power + _NOTHING).mean(-1, keepdim=True).exp()
+    squares, total = sequence_sums(torch.cat([frame.square(), frame], -1), rows).chunk(2, -1)
+    level = (squares / total.clamp(min=_NOTHING)).clamp(min=_NOTHING)[index]
+    energy = torch.log(power / level + floor)
+    weight = frame / (frame + _QUIET * level)
+    sums = sequence_sums(torch.cat([weight * energy, weight], -1), rows)
+    return energy - (sums[:, :-1] / sums[:, -1:].clamp(min=_NOTHING))[index]
 
 
 def mel_gabor_filters(config: FilterbankConfig) -> Tensor:
