@@ -77,9 +77,9 @@ class SequenceClassifierConfig(ModelConfig):
         whole = self.input.needs_whole
         if whole is not None and self.causal:
             raise ConfigError(
-                f"SequenceClassifierConfig: input.{whole} is set with a causal backbone, but it needs the whole "
-                "sequence, of which a chunk knows neither its place nor the rest; expected it unset or a "
-                "bidirectional one"
+                f"SequenceClassifierConfig: input.{whole} is set with a causal backbone, but it needs the "
+                "whole sequence, of which a chunk knows neither its place nor the rest; expected it unset or "
+                "a bidirectional one"
             )
         return SequenceClassifier(self)
 
