@@ -47,7 +47,7 @@ class FilterbankConfig(InputConfig):
 
         e_ti = log(P_ti / L + floor)      w_t = g_t / (g_t + 0.01 L)      m_i = sum_t w_t e_ti / sum_t w_t
 
-    and e_ti - m_i stands for e_i - offset_i; there is no offset, and floor is relative: 1e-3 leaves 30 dB
+    and e_ti - m_i stands for e_i - offset_i; there is no offset, and floor is relative: 1e-4 leaves 40 dB
     below the level. So the recording's loudness changes nothing, silence before and behind it does not change
     what is heard of the rest, and of a filter in front of it, such as a microphone, no more is left than what
     the floor hides. The waveform itself is left as it is. A model with it needs whole recordings: a causal

@@ -137,7 +137,7 @@ def audio_classifier_filterbank() -> SequenceClassifierConfig:
     recording's loudness and spectrum, under Mamba in both directions."""
     return SequenceClassifierConfig(
         n_classes=10,
-        input=FilterbankConfig(normalize="mean", floor=1e-3),
+        input=FilterbankConfig(normalize="mean", floor=1e-4),
         backbone=BackboneConfig(
             d_model=64, n_layers=4, mixer=MambaConfig(), dropout=0.1, bidirectional=BidirectionalConfig()
         ),
