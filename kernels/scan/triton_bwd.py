@@ -71,6 +71,9 @@ def selective_scan_bwd(
     boundaries: Tensor,
     *,
     launch: ScanLaunch | None = None,
+    y: Tensor | None = None,
+    dy: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]:
@@ -80,6 +83,10 @@ def selective_scan_bwd(
     None for zeros; boundaries: the third result of the forward. Returns du, ddelta, dA, dB, dC, dD, dz,
     ddelta_bias, dinitial_state, each contiguous, of its argument's shape and dtype, None where that argument
     was None.
+
+    y: contiguous, shape and dtype of u: what z gated, where that is not this scan's y alone. dy, likewise,
+    with y: becomes the gradient in y. added: likewise, without z: the du of another scan of the same u; that
+    of this one is added to it, and it is returned as du.
     """
     batch, length, d_inner = u.shape
     groups, d_state = B.shape[2], B.shape[3]
@@ -127,17 +134,21 @@ def selective_scan_bwd(
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
     grads, sums = empty(chunks, d_state, d_inner), empty(chunks, d_inner)
+    dz = None if z is None else torch.empty((batch, length, d_inner), dtype=u.dtype, device=u.device)
     blocks_per_group = triton.cdiv(group_channels, launch.fwd_block)
     blocks = groups * blocks_per_group
     chunk_grad_kernel[(chunks * blocks,)](
         dout,
         z,
+        y,
         delta,
         A,
         C,
         delta_bias,
         grads,
         sums,
+        dy,
+        None if y is None else dz,
         start,
         end,
         dout.stride(0),
@@ -157,10 +168,15 @@ def selective_scan_bwd(
         blocks,
         STEPS=launch.fwd_steps,
         **staging(
-            d_state, chunk_size, launch.fwd_block, launch.fwd_steps, rows=3, row_bytes=u.element_size()
+            d_state,
+            chunk_size,
+            launch.fwd_block,
+            launch.fwd_steps,
+            rows=3 if y is None else 4,
+            row_bytes=u.element_size(),
         ),
         **bringing(d_state, launch.fwd_block, C.dtype, can_bring(d_state, C)),
-        **row_copies(u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, dout, delta, z)),
+        **row_copies(u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, dout, delta, z, y)),
         BLOCK_D=launch.fwd_block,
         FULL_D=group_channels % launch.fwd_block == 0,
         num_warps=1,
@@ -179,9 +195,12 @@ def selective_scan_bwd(
         descending=not reverse,
     )
 
-    du = torch.empty((batch, length, d_inner), dtype=u.dtype, device=u.device)
+    # With dy the gradients know of no gate.
+    through = z
+    if dy is not None:
+        dout, through, z_strides = dy, None, (0, 0)
+    du = torch.empty((batch, length, d_inner), dtype=u.dtype, device=u.device) if added is None else added
     ddelta = torch.empty_like(du)
-    dz = None if z is None else torch.empty_like(du)
     dskip = None if D is None else sums
     dbias = None if delta_bias is None else empty(chunks, d_inner)
     blocks_per_group = triton.cdiv(group_channels, launch.block)
@@ -208,16 +227,17 @@ def selective_scan_bwd(
         B,
         C,
         D,
-        z,
+        through,
         delta_bias,
         boundaries,
         grads,
+        added,
         scratch,
         du,
         ddelta,
         partial,
         dskip,
-        dz,
+        None if through is None else dz,
         dbias,
         start,
         end,
@@ -251,7 +271,7 @@ def selective_scan_bwd(
         STEPS=launch.bwd_steps,
         **gradient_staging(d_state, launch, u.dtype),
         **bringing(d_state, launch.block, B.dtype, can_bring(d_state, B, C)),
-        **row_copies(u.dtype, launch.block, can_copy(launch.block, group_channels, u, delta, dout, z)),
+        **row_copies(u.dtype, launch.block, can_copy(launch.block, group_channels, u, delta, dout, through, added)),
         **kept,
         **channel_sum(d_state, launch.block, launch.bwd_steps, u.dtype, adds_vectors(u.device)),
         BLOCK_D=launch.block,
@@ -321,8 +341,8 @@ def gradient_programs(d_state: int, launch: ScanLaunch, u: Tensor) -> int:
     return multiprocessors(u.device) * at_a_time
 
 
-def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table in bf16; at d_state 16 more."""
+def aot_cases(gated: bool = False) -> list[AotCase]:
+    """Both kernels at every row of the table in bf16; at d_state 16 more. gated: the first has room for y."""
     cases = []
     for d_state, launch in shipped_launches():
         if launch.serial:
@@ -361,7 +381,7 @@ def aot_cases() -> list[AotCase]:
                     launch.chunk_size,
                     launch.fwd_block,
                     launch.fwd_steps,
-                    rows=3,
+                    rows=4 if gated else 3,
                     row_bytes=DTYPES[dtype].itemsize,
                 ),
                 **bringing(
@@ -377,7 +397,8 @@ def aot_cases() -> list[AotCase]:
                 "FULL_N": True,
             }
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
-            own = {p.name: args[p.name] for p in chunk_grad_kernel.params}
+            args |= dict.fromkeys(("y_ptr", "dy_ptr", "added_ptr"))
+            own = {p.name: args.get(p.name) for p in chunk_grad_kernel.params}
             cases.append(
                 AotCase(
                     chunk_grad_kernel,

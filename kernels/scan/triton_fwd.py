@@ -54,6 +54,8 @@ def selective_scan_fwd(
     reverse: bool,
     *,
     launch: ScanLaunch | None = None,
+    added: Tensor | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Selective scan (arXiv 2312.00752, algorithm 2) of validated arguments in Triton.
 
@@ -63,6 +65,9 @@ def selective_scan_fwd(
     same). Returns out (batch, length, d_inner) in the dtype of u, the final state (batch or sequences,
     d_inner, d_state) fp32, of any strides, and the states entering the chunks, `boundaries_shape`, fp32, for
     `selective_scan_bwd`.
+
+    added: contiguous, shape and dtype of u: the y of another scan, to which that of this one is added before
+    the gate. The output is written over it; with `keep` the sum is, and the output is a new tensor.
     """
     batch, length, d_inner = u.shape
     groups, d_state = B.shape[2], B.shape[3]
@@ -71,7 +76,8 @@ def selective_scan_fwd(
     if launch is None:
         launch = scan_launch(batch, length, d_inner, groups, d_state, u.device, seqs)
     chunk_size = launch.chunk_size
-    out = torch.empty((batch, length, d_inner), dtype=u.dtype, device=u.device)
+    fresh = added is None or keep
+    out = torch.empty((batch, length, d_inner), dtype=u.dtype, device=u.device) if fresh else added
     states = torch.empty(
         boundaries_shape(batch, length, d_inner, d_state, groups, lengths, chunk_size),
         dtype=torch.float32,
@@ -108,7 +114,8 @@ def selective_scan_fwd(
         reverse,
         wide_offsets(chunk_size, *times),
         can_bring(d_state, B, C),
-        can_copy(launch.fwd_block, group_channels, u, delta, z),
+        can_copy(launch.fwd_block, group_channels, u, delta, z, added),
+        added is not None,
     )
     chunk_start, chunk_end = (None, None) if table is None else (table.start, table.end)
     if launch.serial:
@@ -158,6 +165,8 @@ def selective_scan_fwd(
         D,
         z,
         delta_bias,
+        added,
+        added if keep else None,
         out,
         states,
         initial if launch.serial else None,
@@ -189,17 +198,22 @@ def _constants(
     wide: bool,
     brought: bool,
     copied: bool,
+    added: bool = False,
 ) -> dict[str, object]:
     """What both kernels are compiled for, the same dict in every call."""
-    block = launch.fwd_block
+    block, rows, steps = launch.fwd_block, 3, launch.fwd_steps
+    if added:
+        rows = 4
+        # Loaded into registers, a fourth row of as many steps would not fit.
+        steps = steps if copied else max(1, steps // 2)
     return {
         "SOFTPLUS": softplus,
         "PACKED": packed,
         "REVERSE": reverse,
         "WIDE": wide,
         "CHUNK": launch.chunk_size,
-        "STEPS": launch.fwd_steps,
-        **staging(d_state, launch.chunk_size, block, launch.fwd_steps, rows=3, row_bytes=dtype.itemsize),
+        "STEPS": steps,
+        **staging(d_state, launch.chunk_size, block, steps, rows=rows, row_bytes=dtype.itemsize),
         **bringing(d_state, block, dtype, brought),
         **row_copies(dtype, block, copied),
         "BLOCK_D": block,
@@ -210,8 +224,8 @@ def _constants(
     }
 
 
-def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table in bf16; at d_state 16 more."""
+def aot_cases(added: bool = False) -> list[AotCase]:
+    """Both kernels at every row of the table in bf16; at d_state 16 more. added: with room for that row."""
     cases = []
     for d_state, launch in shipped_launches():
         variants = [("bf16", False)]
@@ -233,6 +247,7 @@ def aot_cases() -> list[AotCase]:
                 False,
                 brought,
                 not packed,
+                added,
             )
             shared: dict[str, object] = {
                 "u_ptr": f"*{dtype}",
@@ -277,6 +292,8 @@ def aot_cases() -> list[AotCase]:
                 "c_ptr": shared["b_ptr"],
                 "skip_ptr": "*fp32",
                 "z_ptr": f"*{dtype}",
+                "added_ptr": None,
+                "y_ptr": None,
                 "out_ptr": f"*{dtype}",
                 "initial_ptr": "*fp32" if launch.serial else None,
                 "final_ptr": "*fp32" if launch.serial else None,
