@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,8 +43,9 @@ def _fwd(
     from ssm_modal.kernels.scan.triton_bidirectional import bidirectional_scan_fwd
 
     z, softplus, cu_seqlens, lengths = rest[12:]
+    seqs = cached_sequences(cu_seqlens, lengths)
     out, y, states, states_back = bidirectional_scan_fwd(
-        u, u_back, ScanDirection(*rest[:6]), ScanDirection(*rest[6:12]), z, softplus, cached_sequences(cu_seqlens, lengths), True
+        u, u_back, ScanDirection(*rest[:6]), ScanDirection(*rest[6:12]), z, softplus, seqs, True
     )
     return out, u.new_empty(0) if y is None else y, states, states_back
 
@@ -69,8 +69,9 @@ def _bwd(dout: Tensor, u: Tensor, u_back: Tensor | None, *rest: Any) -> tuple[Te
     from ssm_modal.kernels.scan.triton_bidirectional import bidirectional_scan_bwd
 
     z, softplus, cu_seqlens, lengths, y, states, states_back = rest[12:]
+    seqs = cached_sequences(cu_seqlens, lengths)
     du, du_back, ahead, back, dz = bidirectional_scan_bwd(
-        dout, u, u_back, ScanDirection(*rest[:6]), ScanDirection(*rest[6:12]), z, softplus, cached_sequences(cu_seqlens, lengths), y, states,
+        dout, u, u_back, ScanDirection(*rest[:6]), ScanDirection(*rest[6:12]), z, softplus, seqs, y, states,
         states_back,
     )  # fmt: skip
     return without_none((du, du_back, *ahead, *back, dz), u)

@@ -1,14 +1,14 @@
-"""Triton bidirectional scan: two scans against each other's direction, of which one continues the other's work.
+"""Triton bidirectional scan: two scans in opposite directions, the second of which goes on with the first's.
 
-    out = (y + y') * silu(z), y and y' those of a scan in time's order and of one in reverse
+    out = (y + y') * silu(z), y of a scan in time's order, y' of one in reverse
 
-Forward: the first scan writes its y, without a gate; the second adds its own to it, gates the sum, writes it as
-the output and, where gradients are wanted, keeps the sum. The skip connections of one u are one, (D + D') u.
+Forward: the first scan writes its y, without a gate; the second adds its own to it, gates the sum, writes the
+output and, where gradients are wanted, the sum. The skip connections of one u are one, (D + D') u.
 
-Backward: the gate's part is done once, by the first scan's `chunk_grad_kernel`, which reads dout, z and the sum
-anyway or almost, and leaves dz and dy = dout * silu(z). The gradients of either scan are then those of a scan
-without a gate, and its y is not computed again. The second scan adds its du to that of the first. So nothing is
-added up in passes of its own.
+Backward: the gate's part is done once. The first scan's `chunk_grad_kernel`, which reads dout and z anyway,
+reads that sum too and leaves dz and dy = dout * silu(z), in the dtype of u. The gradients of either scan are
+then those of one without a gate, whose y need not be computed again, and the second scan adds its du to that
+of the first. So nothing is added up in a pass of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ssm_modal.kernels.sequences import Sequences
 
 def bidirectional_scan_fwd(
     u: Tensor,
-    u_reverse: Tensor | None,
+    u_back: Tensor | None,
     ahead: ScanDirection,
     back: ScanDirection,
     z: Tensor | None,
@@ -41,29 +41,29 @@ def bidirectional_scan_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The sum of both scans of validated arguments, gated by z.
 
-    u_reverse: what `back` scans, None for u. Returns out, shape and dtype of u, and what
+    u_back: what `back` scans, None for u. Returns out, shape and dtype of u, and what
     `bidirectional_scan_bwd` needs: the sum before the gate (None unless `keep` and z) and the states entering
     the chunks of either direction.
     """
     delta, A, B, C, D, bias = ahead.parts()
-    delta_r, A_r, B_r, C_r, D_r, bias_r = back.parts()
-    if u_reverse is None:
-        D, D_r, u_reverse = _joint(D, D_r), None, u
+    delta_back, A_back, B_back, C_back, D_back, bias_back = back.parts()
+    if u_back is None:
+        D, D_back, u_back = _joint(D, D_back), None, u
     y, _, states = selective_scan_fwd(
         u, delta, A, B, C, D, None, bias, delta_softplus, None, seqs, False, launch=launch
     )
     keep = keep and z is not None
-    out, _, states_r = selective_scan_fwd(
-        u_reverse, delta_r, A_r, B_r, C_r, D_r, z, bias_r, delta_softplus, None, seqs, True, launch=launch,
-        added=y, keep=keep,
+    out, _, states_back = selective_scan_fwd(
+        u_back, delta_back, A_back, B_back, C_back, D_back, z, bias_back, delta_softplus, None, seqs, True,
+        launch=launch, added=y, keep=keep,
     )  # fmt: skip
-    return out, y if keep else None, states, states_r
+    return out, y if keep else None, states, states_back
 
 
 def bidirectional_scan_bwd(
     dout: Tensor,
     u: Tensor,
-    u_reverse: Tensor | None,
+    u_back: Tensor | None,
     ahead: ScanDirection,
     back: ScanDirection,
     z: Tensor | None,
@@ -71,46 +71,46 @@ def bidirectional_scan_bwd(
     seqs: Sequences | None,
     y: Tensor | None,
     states: Tensor,
-    states_r: Tensor,
+    states_back: Tensor,
     *,
     launch: ScanLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], tuple[Tensor | None, ...], Tensor | None]:
-    """Gradients of `bidirectional_scan_fwd` with `keep`: to u, u_reverse, ahead, back and z, None for None.
+    """Gradients of `bidirectional_scan_fwd` with `keep`: to u, u_back, ahead, back and z, None for None.
 
-    y, states, states_r: what the forward returned.
+    y, states, states_back: what the forward returned.
     """
     delta, A, B, C, D, bias = ahead.parts()
-    delta_r, A_r, B_r, C_r, D_r, bias_r = back.parts()
-    one = u_reverse is None
-    skip, skip_r = (_joint(D, D_r), None) if one else (D, D_r)
+    delta_back, A_back, B_back, C_back, D_back, bias_back = back.parts()
+    one = u_back is None
+    skip, skip_back = (_joint(D, D_back), None) if one else (D, D_back)
     dy = None if y is None else torch.empty_like(y)
     du, ddelta, dA, dB, dC, dskip, dz, dbias, _ = selective_scan_bwd(
         dout, None, u, delta, A, B, C, skip, z, bias, delta_softplus, None, seqs, False, states,
         launch=launch, y=y, dy=dy,
     )  # fmt: skip
-    du_r, ddelta_r, dA_r, dB_r, dC_r, dskip_r, _, dbias_r, _ = selective_scan_bwd(
-        dout if dy is None else dy, None, u if u_reverse is None else u_reverse, delta_r, A_r, B_r, C_r, skip_r,
-        None, bias_r, delta_softplus, None, seqs, True, states_r,
+    du_back, ddelta_back, dA_back, dB_back, dC_back, dskip_back, _, dbias_back, _ = selective_scan_bwd(
+        dout if dy is None else dy, None, u if u_back is None else u_back, delta_back, A_back, B_back, C_back,
+        skip_back, None, bias_back, delta_softplus, None, seqs, True, states_back,
         launch=launch, added=du if one else None,
     )  # fmt: skip
     if one:
         # Both skip connections have the same gradient; a custom op must not return a tensor twice.
-        dskip_r = None if D_r is None or dskip is None else dskip.clone()
+        dskip_back = None if D_back is None or dskip is None else dskip.clone()
         dskip = None if D is None else dskip
     return (
         du,
-        None if one else du_r,
+        None if one else du_back,
         (ddelta, dA, dB, dC, dskip, dbias),
-        (ddelta_r, dA_r, dB_r, dC_r, dskip_r, dbias_r),
+        (ddelta_back, dA_back, dB_back, dC_back, dskip_back, dbias_back),
         dz,
     )
 
 
-def _joint(D: Tensor | None, D_r: Tensor | None) -> Tensor | None:
+def _joint(D: Tensor | None, D_back: Tensor | None) -> Tensor | None:
     """The skip connection of both directions."""
-    if D is None or D_r is None:
-        return D if D_r is None else D_r
-    return D + D_r
+    if D is None or D_back is None:
+        return D if D_back is None else D_back
+    return D + D_back
 
 
 def aot_cases() -> list[AotCase]:

@@ -176,7 +176,9 @@ def selective_scan_bwd(
             row_bytes=u.element_size(),
         ),
         **bringing(d_state, launch.fwd_block, C.dtype, can_bring(d_state, C)),
-        **row_copies(u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, dout, delta, z, y)),
+        **row_copies(
+            u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, dout, delta, z, y)
+        ),
         BLOCK_D=launch.fwd_block,
         FULL_D=group_channels % launch.fwd_block == 0,
         num_warps=1,
@@ -271,7 +273,9 @@ def selective_scan_bwd(
         STEPS=launch.bwd_steps,
         **gradient_staging(d_state, launch, u.dtype),
         **bringing(d_state, launch.block, B.dtype, can_bring(d_state, B, C)),
-        **row_copies(u.dtype, launch.block, can_copy(launch.block, group_channels, u, delta, dout, through, added)),
+        **row_copies(
+            u.dtype, launch.block, can_copy(launch.block, group_channels, u, delta, dout, through, added)
+        ),
         **kept,
         **channel_sum(d_state, launch.block, launch.bwd_steps, u.dtype, adds_vectors(u.device)),
         BLOCK_D=launch.block,
