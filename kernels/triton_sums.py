@@ -22,6 +22,7 @@ from ssm_modal.kernels.launching import Launcher
 MOST_ROWS, BLOCK = 512, 16
 
 
+@functools.lru_cache(maxsize=256)
 def _tile(rows: int) -> tuple[int, int]:
     """(rows of a tile, warps)."""
     tile = max(16, min(MOST_ROWS, 1 << (rows - 1).bit_length()))
@@ -69,7 +70,7 @@ def column_sums(partial: Tensor, main: Tensor, last: Tensor | None = None) -> No
     taps = main.shape[1]
     if width == 0:
         return
-    _launcher(rows, planes, taps, last is not None)(
+    _launcher(*_tile(rows), planes, taps, last is not None)(
         (-(-width // BLOCK), taps + (last is not None)),
         (partial, main, main if last is None else last),
         (rows, width),
@@ -77,8 +78,7 @@ def column_sums(partial: Tensor, main: Tensor, last: Tensor | None = None) -> No
 
 
 @functools.lru_cache(maxsize=256)
-def _launcher(rows: int, planes: int, taps: int, has_last: bool) -> Launcher:
-    tile, warps = _tile(rows)
+def _launcher(tile: int, warps: int, planes: int, taps: int, has_last: bool) -> Launcher:
     constants = {"K": taps, "HAS_LAST": has_last, "PLANES": planes, "ROWS": tile, "BLOCK": BLOCK}
     return Launcher(column_sums_kernel, constants | {"num_warps": warps})
 
