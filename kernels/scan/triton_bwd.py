@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.launching import Launcher
-from ssm_modal.kernels.scan.channel_sum import channel_sum, in_order, memory_states, sums_bytes
+from ssm_modal.kernels.scan.channel_sum import channel_sum, memory_states, sums_bytes
 from ssm_modal.kernels.scan.chunk_kernels import chunk_grad_kernel
 from ssm_modal.kernels.scan.grad_kernels import grad_kernel
 from ssm_modal.kernels.scan.keeping import kept_states
@@ -51,6 +51,7 @@ from ssm_modal.kernels.scan.triton_common import (
     last_contiguous,
     wide_offsets,
 )
+from ssm_modal.kernels.scan.triton_totals import matrix_gradients, parameter_sums
 from ssm_modal.kernels.sequences import Sequences
 
 
@@ -155,19 +156,10 @@ def selective_scan_bwd(
         ),
         plan.numbers,
     )  # fmt: skip
-    both = partial[0] if plan.sums_shape[0] == 1 else partial.sum(0)
-    both = in_order(both[..., : padded_state(d_state)], launch.block)[..., :d_state]
-    return (
-        du,
-        ddelta,
-        grads.sum(0).t().contiguous(),
-        both[..., 0, :].to(dtype).contiguous(),
-        both[..., 1, :].to(dtype).contiguous(),
-        None if dskip is None else dskip.sum(0),
-        dz,
-        None if dbias is None else dbias.sum(0),
-        None if initial_state is None else dinitial.transpose(1, 2).contiguous(),
-    )
+    dA, dD, ddelta_bias = parameter_sums(grads, dskip, dbias)
+    dB, dC = matrix_gradients(partial, d_state, launch.block, dtype)
+    dinitial = None if initial_state is None else dinitial.transpose(1, 2).contiguous()
+    return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
 
 
 class _Plan(NamedTuple):
