@@ -176,7 +176,8 @@ def grad_kernel(
         kept = keep_place(rows, n, lane, BLOCK_N, BLOCK_D)
         left = scratch_ptr.to(tl.int64) + keep_place(0, n, lane, BLOCK_N, BLOCK_D)
         rows += STEPS * TILE
-        dts = rows + lane * 4
+        times = rows
+        dts = times + lane * 4
         rows += STEPS * BLOCK_D * 4
     shared_sums = rows + 8 * ROWS
     for k in range(trips((items - pid + programs - 1) // programs)):
@@ -240,7 +241,7 @@ def grad_kernel(
                         tl.store(scratch_ptr + (first // STEPS) * (BLOCK_D * BLOCK_N) + local, h)
                     if KEPT:
                         keep_times(
-                            dts, delta_row, here + ROWS, first, count, step, delta_time, d, mask_d, lane,
+                            times, delta_row, here + ROWS, first, count, step, delta_time, d, mask_d, lane,
                             bias, SOFTPLUS, WIDE, STEPS, BLOCK_D, ROW_READ, ROW_BYTES,
                         )  # fmt: skip
                     # Loops over steps stay loops: unrolled, the code would be too long for the instruction
@@ -337,7 +338,7 @@ def grad_kernel(
                     if KEPT:
                         h = take_tile(kept + turn * TILE, TAKE, TAKE_CONSTRAINTS)
                         keep_times(
-                            dts, delta_row, here + ROWS, first, count, step, delta_time, d, mask_d, lane,
+                            times, delta_row, here + ROWS, first, count, step, delta_time, d, mask_d, lane,
                             bias, SOFTPLUS, WIDE, STEPS, BLOCK_D, ROW_READ, ROW_BYTES,
                         )  # fmt: skip
                     else:

@@ -1,8 +1,9 @@
 """Tiles of states that a program of one warp puts aside: in shared memory, or in device memory to be fetched.
 
-Each lane reads back what it stored itself, so nobody waits for anybody, and pieces of 16 bytes of all lanes
-stand side by side. Triton has no word for shared memory, so this is PTX; without it (KEPT is False) a kernel
-keeps its tiles in a scratch in device memory.
+Each lane reads back the share of a tile that it stored itself, so nobody waits for anybody, and pieces of 16
+bytes of all lanes stand side by side. With the tiles stand step sizes, which lanes compute for each other.
+Triton has no word for shared memory, so this is PTX; without it (KEPT is False) a kernel keeps its tiles in a
+scratch in device memory.
 """
 
 # Triton kernels are a language of their own, which mypy cannot read.
@@ -16,7 +17,7 @@ import triton.language as tl
 
 from ssm_modal.kernels.scan.launch import padded_state
 from ssm_modal.kernels.scan.prefetch import copied_row
-from ssm_modal.kernels.scan.staging import WARP, operands, pieces
+from ssm_modal.kernels.scan.staging import WARP, operands, pieces, stage_wait
 from ssm_modal.kernels.scan.triton_common import load_row, time_step
 from ssm_modal.kernels.triton_math import NVIDIA
 
@@ -94,12 +95,12 @@ def keep_tile(place, tile, KEEP: tl.constexpr, KEEP_CONSTRAINTS: tl.constexpr):
 
 
 @triton.jit
-def keep_row(place, row):
-    """Store one number a channel, fp32."""
+def _keep_numbers(place, numbers, own):
+    """Store one number a lane, fp32, where `own` (int32) is not 0."""
     tl.inline_asm_elementwise(
-        "st.shared.f32 [$1], $2; mov.u32 $0, 0;",
-        "=r,r,f",
-        [place, row],
+        "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,r,f,r",
+        [place, numbers, own],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -108,7 +109,7 @@ def keep_row(place, row):
 
 @triton.jit
 def take_row(place):
-    """What `keep_row` stored."""
+    """One number a channel, of those that `keep_times` stored."""
     return tl.inline_asm_elementwise(
         "ld.shared.f32 $0, [$1];", "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1
     )
@@ -116,7 +117,7 @@ def take_row(place):
 
 @triton.jit
 def keep_times(
-    places,
+    base,
     x_ptr,
     x_rows,
     first,
@@ -134,23 +135,35 @@ def keep_times(
     ROW_READ: tl.constexpr,
     ROW_BYTES: tl.constexpr,
 ):
-    """Store the step sizes of steps first ... first + STEPS - 1 at `places`, for `take_row`.
+    """Store the step sizes of steps first ... first + STEPS - 1 at `base`, for `take_row`.
 
-    All at once, so that they are under way together: one by one, each would be waited for. x_ptr: the row of
-    delta of step 0; x_rows: these steps' rows in shared memory, read where ROW_READ is not None.
+    All at once, so that they are under way together: one by one, each would be waited for. Lanes that share a
+    channel take a step each. x_ptr: the row of delta of step 0; x_rows: these steps' rows in shared memory,
+    read where ROW_READ is not None.
     """
+    Q: tl.constexpr = 32 // BLOCK_D
+    q = tl.arange(0, Q)[:, None]
+    if Q > 1:
+        # Other lanes may still be reading the step sizes before these.
+        stage_wait()
     xs = ()
-    for j in tl.static_range(STEPS):
+    for j in tl.static_range(0, STEPS, Q):
+        mine = j + q
+        if STEPS < Q:
+            mine = tl.minimum(mine, STEPS - 1)
         if ROW_READ is not None:
-            xs += (copied_row(x_rows, j, lane, BLOCK_D, ROW_READ, ROW_BYTES),)
+            xs += (copied_row(x_rows, mine, lane[None, :], BLOCK_D, ROW_READ, ROW_BYTES),)
         else:
-            at = tl.minimum(first + j, count - 1) * step
-            xs += (load_row(x_ptr, at, stride, d, mask_d, WIDE).to(tl.float32),)
+            at = tl.minimum(first + mine, count - 1) * step
+            xs += (load_row(x_ptr, at, stride, d[None, :], mask_d[None, :], WIDE).to(tl.float32),)
     times = ()
-    for j in tl.static_range(STEPS):
-        times += (time_step(xs[j], bias, True, SOFTPLUS),)
-    for j in tl.static_range(STEPS):
-        keep_row(places + j * (BLOCK_D * 4), times[j])
+    for k in tl.static_range(len(xs)):
+        times += (time_step(xs[k], bias[None, :], True, SOFTPLUS),)
+    for k in tl.static_range(len(xs)):
+        place = base + ((k * Q + q) * BLOCK_D + lane[None, :]) * 4
+        _keep_numbers(place, times[k], (k * Q + q < STEPS).to(tl.int32) + lane[None, :] * 0)
+    if Q > 1:
+        stage_wait()
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 A program of one warp walks through time and needs a row of each of several inputs at every step. Loaded when
 they are needed, a warp waits for device memory at every block of steps; loaded a block ahead into registers,
 they take registers. So they are copied asynchronously (`cp.async`), a block of steps ahead, into two buffers
-that take turns.
+that take turns. Every place is written by one lane.
 
 The constants ROW_... say how; ROW_READ is None where rows are not copied: under the interpreter, on other
 makes of GPU, and where rows are not aligned. Then `load_rows` loads a block of them when it is needed.
@@ -39,7 +39,12 @@ def row_copies(dtype: torch.dtype, block: int, copied: bool) -> dict[str, object
     cache = "cg" if size == 16 else "ca"
     return {
         "ROW_READ": READ[dtype] if copied else None,
-        "ROW_COPY": f"cp.async.{cache}.shared.global [$1], [$2], {size}; mov.u32 $0, 0;" if copied else None,
+        "ROW_COPY": (
+            "{ .reg .pred p; setp.ne.u32 p, $3, 0; "
+            f"@p cp.async.{cache}.shared.global [$1], [$2], {size}; mov.u32 $0, 0; }}"
+        )
+        if copied
+        else None,
         "ROW_PIECE": size // dtype.itemsize,
         "ROW_BYTES": dtype.itemsize,
     }
@@ -79,14 +84,21 @@ def _copy_rows(
     ROW_BYTES: tl.constexpr,
 ):
     """Start copying those rows, from `channel` on, to shared memory at `place`."""
-    j = tl.arange(0, STEPS)[:, None]
-    piece = tl.arange(0, BLOCK_D // ROW_PIECE)[None, :] * ROW_PIECE
+    A_ROW: tl.constexpr = BLOCK_D // ROW_PIECE
+    PIECES: tl.constexpr = STEPS * A_ROW
+    # Of fewer pieces than lanes each is one lane's alone.
+    i = tl.arange(0, PIECES if PIECES > 32 else 32)
+    j = i // A_ROW
     at = tl.minimum(first + j, count - 1) * step
-    source = ptr + row_offset(at, stride, channel + piece, WIDE)
+    source = ptr + row_offset(at, stride, channel + i % A_ROW * ROW_PIECE, WIDE)
     tl.inline_asm_elementwise(
         ROW_COPY,
-        "=r,r,l",
-        [place + (j * BLOCK_D + piece) * ROW_BYTES, source.to(tl.int64, bitcast=True)],
+        "=r,r,l,r",
+        [
+            place + i * (ROW_PIECE * ROW_BYTES),
+            source.to(tl.int64, bitcast=True),
+            (i < PIECES).to(tl.int32),
+        ],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

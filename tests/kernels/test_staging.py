@@ -14,6 +14,7 @@ from ssm_modal.kernels.scan.launch import resident, shipped_launches
 from ssm_modal.kernels.scan.prefetch import can_copy, row_copies
 from ssm_modal.kernels.scan.staging import bring_assembly, read_assembly, row_bits, stage_steps
 from ssm_modal.kernels.scan.triton_bwd import gradient_bytes, gradient_stage
+from tests.kernels.test_aot import run_without_interpreter
 
 WARP = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,3 +156,33 @@ def test_rows_are_copied_where_they_are_aligned(monkeypatch: pytest.MonkeyPatch)
     assert row_copies(torch.bfloat16, 4, True)["ROW_PIECE"] == 4
     assert row_copies(torch.float32, 32, True)["ROW_PIECE"] == 4
     assert row_copies(torch.float32, 32, False)["ROW_READ"] is None
+
+
+ONE_LANE = r"""
+import re
+from ssm_modal.kernels.aot import compile_case
+from ssm_modal.kernels.scan import triton_bwd
+
+for case in triton_bwd.aot_cases():
+    if case.name != "grad_kernel" or case.config not in ("N16 bf16", "N64 bf16", "N256 bf16"):
+        continue
+    text = compile_case(case).asm["ttgir"]
+    layouts = dict(re.findall(r"(#blocked\d*) = #ttg.blocked<\{(.*?)\}>", text))
+    pattern = r"elementwise_inline_asm .*(cp\.async\.c|st\.shared).* : tensor<(\S+?)x[a-z]\w+, (#\w+)>"
+    for word, shape, name in re.findall(pattern, text):
+        each, lanes = re.findall(r"(?:PerThread|PerWarp) = \[(.*?)\]", layouts[name])
+        extents = zip(shape.split("x"), each.split(", "), lanes.split(", "))
+        assert all(int(n) % (int(k) * int(m)) == 0 for n, k, m in extents), (word, shape, layouts[name])
+        print(word)
+"""
+
+
+@pytest.mark.slow
+def test_every_place_in_shared_memory_is_one_lanes() -> None:
+    """No lane holds a copy of what another one stores or copies: of fewer pieces than lanes some are idle."""
+    done = run_without_interpreter(ONE_LANE, 280)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    # Three kernels, two copies of two and of four rows, step sizes twice, and tiles.
+    assert found.count("cp.async.c") >= 3 * 14
+    assert found.count("st.shared") >= 3 * 3
