@@ -50,6 +50,26 @@ def signature(tensors: Sequence[object]) -> tuple[object, ...] | None:
     return tuple(seen)
 
 
+class Passed:
+    """Signatures of calls whose arguments passed every check: they pass again, unchecked.
+
+    Checking takes longer than a short scan. A new signature is checked and not kept once there are `MOST`.
+    """
+
+    MOST = 4096
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[object, ...]] = set()
+
+    def __contains__(self, seen: tuple[object, ...] | None) -> bool:
+        return seen is not None and seen in self._seen
+
+    def add(self, seen: tuple[object, ...] | None) -> None:
+        """Note that a call with signature `seen` passed; None stands for a call that is always checked."""
+        if seen is not None and len(self._seen) < self.MOST:
+            self._seen.add(seen)
+
+
 def check_tensor(op: str, name: str, value: object) -> Tensor:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):

@@ -16,8 +16,6 @@ i`; packed sequences bring a table. Tables of states are (chunks, d_state, d_inn
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -25,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.dispatch import interpreting
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import softplus
 
@@ -222,6 +220,12 @@ def carry_kernel(
         tl.store(run_sums_ptr + run * d_inner + d, total, mask=mask & (e < d_inner))
 
 
+@functools.cache
+def _carry_launcher(packed: bool, descending: bool, write: bool) -> Launcher:
+    constants = {"PACKED": packed, "DESCENDING": descending, "WRITE": write, "BLOCK": CARRY_BLOCK}
+    return Launcher(carry_kernel, constants | {"num_warps": CARRY_WARPS})
+
+
 def carry(
     states: Tensor,
     sums: Tensor,
@@ -257,26 +261,10 @@ def carry(
         if runs == 0 or d_inner == 0:
             return
         tiles = triton.cdiv(d_inner * d_state, CARRY_BLOCK)
-        carry_kernel[(runs * tiles,)](
-            states,
-            sums,
-            A,
-            entry,
-            last,
-            run_sums,
-            lo,
-            hi,
-            n_chunks,
-            runs_per_row,
-            run_length,
-            d_inner,
-            d_state,
-            tiles,
-            PACKED=seqs is not None,
-            DESCENDING=descending,
-            WRITE=write,
-            BLOCK=CARRY_BLOCK,
-            num_warps=CARRY_WARPS,
+        _carry_launcher(seqs is not None, descending, write)(
+            (runs * tiles,),
+            (states, sums, A, entry, last, run_sums, lo, hi),
+            (n_chunks, runs_per_row, run_length, d_inner, d_state, tiles),
         )
 
     first = (None, None) if table is None else (table.first[:-1], table.first[1:])
@@ -305,21 +293,6 @@ def carry(
 def wide_offsets(chunk_size: int, *row_strides: int) -> bool:
     """Whether an offset inside one chunk may need more than 32 bits."""
     return (chunk_size + 4) * max(abs(stride) for stride in row_strides) >= 2**31 - 2**22
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` with the GPU of its first argument current: Triton launches on the current one."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with gpu_of(args[0]):
-            return function(*args, **kwargs)
-
-    return run
 
 
 def last_contiguous(x: Tensor) -> Tensor:
