@@ -66,8 +66,9 @@ def softmax_kernel(
             at += BLOCK
 
 
-def row_softmax(logits: Tensor, scale: Tensor | None, softmax: bool) -> tuple[Tensor, Tensor | None]:
-    """(log(sum exp) of each row (rows,) in fp32, `scale` times the softmax in the logits' dtype or None)."""
+def row_softmax(logits: Tensor, scale: Tensor | None, softmax: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each row the largest logit m and log(sum exp(logits - m)), (rows,) in fp32 each; and `scale` times the
+    softmax in the logits' dtype, or None. Apart, since their sum would lose the second's last digits."""
     rows, width = logits.shape
     x = logits if logits.stride(1) == 1 else logits.contiguous()
     both = torch.empty(2, rows, dtype=torch.float32, device=x.device)
