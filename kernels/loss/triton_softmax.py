@@ -9,13 +9,15 @@ cache. Memory bound: of half-precision logits 2 bytes in and 2 out an element.
 # Triton kernels are a language of their own, which mypy cannot read.
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
+from ssm_modal.kernels.launching import Launcher
 
 BLOCK, WARPS = 4096, 8
 """Logits of a row at a time, and the warps that hold them, 16 a thread."""
@@ -67,29 +69,32 @@ def softmax_kernel(
 
 
 def row_softmax(logits: Tensor, scale: Tensor | None, softmax: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of each row the largest logit m and log(sum exp(logits - m)), (rows,) in fp32 each; and `scale` times the
-    softmax in the logits' dtype, or None. Apart, since their sum would lose the second's last digits."""
+    """Of each row the largest logit m and log(sum exp(logits - m)), (rows,) in fp32 each, and `scale` times
+    the softmax in the logits' dtype, or None. Apart, since their sum would lose the second's last digits."""
     rows, width = logits.shape
     x = logits if logits.stride(1) == 1 else logits.contiguous()
     both = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     largest, rest = both[0], both[1]
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device) if softmax else None
     if rows > 0:
-        with gpu_of(x):
-            softmax_kernel[(rows,)](
+        _launcher(softmax, scale is not None)(
+            (rows,),
+            (
                 x,
                 x if out is None else out,
                 largest,
                 rest,
                 rest if scale is None else scale.to(torch.float32),
-                x.stride(0),
-                width,
-                SOFTMAX=softmax,
-                SCALED=scale is not None,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
+            ),
+            (x.stride(0), width),
+        )
     return largest, rest, out
+
+
+@functools.cache
+def _launcher(softmax: bool, scaled: bool) -> Launcher:
+    constants = {"SOFTMAX": softmax, "SCALED": scaled, "BLOCK": BLOCK}
+    return Launcher(softmax_kernel, constants | {"num_warps": WARPS})
 
 
 def aot_cases() -> list[AotCase]:
