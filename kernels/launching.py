@@ -29,7 +29,7 @@ from triton import knobs
 KNOWN = ("3.5", "3.6")
 
 # Whether launches are repeated.
-DIRECT = os.environ.get("SSM_MODAL_NO_DIRECT_LAUNCH", "0") != "1"
+DIRECT = os.environ.get("SSM_MODAL_NO_DIRECT_LAUNCH", "0").lower() not in ("1", "true", "on", "yes")
 
 # Launches kept by one launcher; then it forgets them all. Sizes that change with every call fill it.
 MOST = 1024

@@ -170,10 +170,11 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         from ssm_modal.kernels.norm.triton_bwd import rms_norm_bwd
 
-        if not torch.is_grad_enabled() and eager((*upstream, *ctx.saved_tensors)):
-            return _gradients(ctx, *upstream, rms_norm_bwd)
+        dout, dtotal = upstream
+        if not torch.is_grad_enabled() and eager((dout, dtotal, *ctx.saved_tensors)):
+            return _gradients(ctx, dout, dtotal, rms_norm_bwd)
         # The op refuses a second derivative, and is what a trace of the backward can hold.
-        return _gradients(ctx, *upstream, torch.ops.ssm_modal.rms_norm_bwd)
+        return _gradients(ctx, dout, dtotal, torch.ops.ssm_modal.rms_norm_bwd)
 
 
 def norm(

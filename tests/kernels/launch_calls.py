@@ -140,7 +140,8 @@ def calls(device: torch.device) -> Iterator[Call]:
 
 MODULES = (
     "scan.triton_common", "scan.triton_fwd", "scan.triton_bwd", "scan.triton_step", "conv.triton_fwd",
-    "conv.triton_bwd", "conv.triton_step", "norm.triton_fwd", "norm.triton_bwd", "scan.triton_totals", "triton_sums",
+    "conv.triton_bwd", "conv.triton_step", "norm.triton_fwd", "norm.triton_bwd", "scan.triton_totals",
+    "triton_sums",
 )  # fmt: skip
 
 
