@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssm_modal.kernels.checks import state_dtype
-from ssm_modal.kernels.custom_ops import goes_straight, register, without_none
+from ssm_modal.kernels.checks import recording, state_dtype
+from ssm_modal.kernels.custom_ops import eager, register, without_none
 from ssm_modal.kernels.scan.custom_op import boundaries_shape
 from ssm_modal.kernels.scan.direction import ScanDirection
-from ssm_modal.kernels.sequences import Sequences, cached_sequences
+from ssm_modal.kernels.sequences import Sequences, cached_sequences, unpacked
 
 _DIRECTIONS = ", ".join(
     f"Tensor delta{x}, Tensor A{x}, Tensor B{x}, Tensor C{x}, Tensor? D{x}, Tensor? bias{x}"
@@ -35,27 +36,21 @@ torch.library.define(
 TENSORS = 15
 
 
-def _fwd(
-    u: Tensor,
-    u_back: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ssm_modal.kernels.scan.triton_bidirectional import bidirectional_scan_fwd
 
-    z, softplus, cu_seqlens, lengths = rest[12:]
+    softplus, cu_seqlens, lengths = inputs[TENSORS:]
     seqs = cached_sequences(cu_seqlens, lengths)
-    out, y, states, states_back = bidirectional_scan_fwd(
-        u, u_back, ScanDirection(*rest[:6]), ScanDirection(*rest[6:12]), z, softplus, seqs, True
-    )
-    return out, u.new_empty(0) if y is None else y, states, states_back
+    out, y, states, states_back = bidirectional_scan_fwd(*_grouped(inputs), softplus, seqs, True)
+    return out, out.new_empty(0) if y is None else y, states, states_back
 
 
-def _fwd_fake(u: Tensor, u_back: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    A, B = rest[1], rest[2]
-    z, _, cu_seqlens, lengths = rest[12:]
+def _fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    u, _, ahead, _, z = _grouped(inputs)
+    _, cu_seqlens, lengths = inputs[TENSORS:]
     # Only the lengths count here; the borders may be a tensor without data.
     seqs = None if cu_seqlens is None else Sequences(tuple(lengths), cu_seqlens)
-    shape = boundaries_shape("triton", u, A, B, seqs)
+    shape = boundaries_shape("triton", u, ahead.A, ahead.B, seqs)
     wide = state_dtype(u.dtype)
     return (
         u.new_empty(u.shape),
@@ -65,22 +60,17 @@ def _fwd_fake(u: Tensor, u_back: Tensor | None, *rest: Any) -> tuple[Tensor, Ten
     )
 
 
-def _bwd(dout: Tensor, u: Tensor, u_back: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _bwd(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     from ssm_modal.kernels.scan.triton_bidirectional import bidirectional_scan_bwd
 
-    z, softplus, cu_seqlens, lengths, y, states, states_back = rest[12:]
+    softplus, cu_seqlens, lengths, *kept = inputs[TENSORS:]
     seqs = cached_sequences(cu_seqlens, lengths)
-    du, du_back, ahead, back, dz = bidirectional_scan_bwd(
-        dout, u, u_back, ScanDirection(*rest[:6]), ScanDirection(*rest[6:12]), z, softplus, seqs, y, states,
-        states_back,
-    )  # fmt: skip
-    return without_none((du, du_back, *ahead, *back, dz), u)
+    du, du_back, ahead, back, dz = bidirectional_scan_bwd(dout, *_grouped(inputs), softplus, seqs, *kept)
+    return without_none((du, du_back, *ahead, *back, dz), dout)
 
 
-def _bwd_fake(dout: Tensor, u: Tensor, u_back: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, u_back, *rest[: TENSORS - 2])
-    )
+def _bwd_fake(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:TENSORS])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,10 +87,20 @@ def _gradients(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor
         return (None,) * (TENSORS + 3)
     *given, cu_seqlens, y, states, states_back = ctx.saved_tensors
     softplus, lengths = ctx.options
-    grads = torch.ops.ssm_modal.bidirectional_scan_bwd(
-        dout, *given, softplus, cu_seqlens, lengths, y if given[-1] is not None else None, states, states_back
-    )
-    return (*(g if t is not None else None for g, t in zip(grads, given)), None, None, None)
+    kept = (None if given[-1] is None else y, states, states_back)
+    return (*_grads_by_op(dout, given, softplus, (cu_seqlens, lengths), kept), None, None, None)
+
+
+def _grads_by_op(
+    dout: Tensor,
+    given: Sequence[Tensor | None],
+    softplus: bool,
+    packed: tuple[Tensor | None, list[int]],
+    kept: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """Of each of the `TENSORS` tensors `given` the gradient by the custom op, None where it is None."""
+    grads = torch.ops.ssm_modal.bidirectional_scan_bwd(dout, *given, softplus, *packed, *kept)
+    return [None if t is None else g for g, t in zip(grads, given)]
 
 
 register(
@@ -116,6 +116,43 @@ register(
 )
 
 
+class _Both(torch.autograd.Function):
+    """Both scans of an eager call that records gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        from ssm_modal.kernels.scan.triton_bidirectional import bidirectional_scan_fwd
+
+        *given, softplus, seqs = inputs
+        out, *kept = bidirectional_scan_fwd(*_grouped(given), softplus, seqs, True)
+        ctx.save_for_backward(*given, *kept)
+        ctx.options = (softplus, seqs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        from ssm_modal.kernels.scan.triton_bidirectional import bidirectional_scan_bwd
+
+        (dout,) = upstream
+        *given, y, states, states_back = ctx.saved_tensors
+        softplus, seqs = ctx.options
+        kept = (y, states, states_back)
+        if not torch.is_grad_enabled() and eager((dout, *given)):
+            du, du_back, ahead, back, dz = bidirectional_scan_bwd(
+                dout, *_grouped(given), softplus, seqs, *kept
+            )
+            return du, du_back, *ahead, *back, dz, None, None
+        # The op refuses a second derivative, and is what a trace of the backward can hold.
+        return (*_grads_by_op(dout, given, softplus, unpacked(seqs), kept), None, None)
+
+
+def _grouped(
+    given: Sequence[Any],
+) -> tuple[Tensor, Tensor | None, ScanDirection, ScanDirection, Tensor | None]:
+    """u, u_back, both directions and z of the `TENSORS` tensors of a call."""
+    return given[0], given[1], ScanDirection(*given[2:8]), ScanDirection(*given[8:14]), given[14]
+
+
 def scan_both(
     u: Tensor,
     u_back: Tensor | None,
@@ -126,11 +163,11 @@ def scan_both(
     seqs: Sequences | None,
 ) -> Tensor:
     """`bidirectional_scan` by Triton on checked arguments, differentiable."""
-    if goes_straight((u, u_back, *ahead.parts(), *back.parts(), z)):
+    given = (u, u_back, *ahead.parts(), *back.parts(), z)
+    if eager(given):
+        if recording(given):
+            return _Both.apply(*given, delta_softplus, seqs)
         from ssm_modal.kernels.scan.triton_bidirectional import bidirectional_scan_fwd
 
         return bidirectional_scan_fwd(u, u_back, ahead, back, z, delta_softplus, seqs, False)[0]
-    cu_seqlens, lengths = (None, []) if seqs is None else (seqs.cu_seqlens, list(seqs.lengths))
-    return torch.ops.ssm_modal.bidirectional_scan_fwd(
-        u, u_back, *ahead.parts(), *back.parts(), z, delta_softplus, cu_seqlens, lengths
-    )[0]
+    return torch.ops.ssm_modal.bidirectional_scan_fwd(*given, delta_softplus, *unpacked(seqs))[0]

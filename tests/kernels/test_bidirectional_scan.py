@@ -196,9 +196,14 @@ def test_custom_op(place: Place) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     out, wanted = compiled(args), layer(args)
     assert_close(out, wanted, 1e-6, "out")
-    found, right = (torch.autograd.grad(x.square().sum(), list(args.values())) for x in (out, wanted))
+    found, right = (
+        torch.autograd.grad(x.square().sum(), list(args.values()), retain_graph=True) for x in (out, wanted)
+    )
     for name, grad, value in zip(args, found, right):
         assert_close(grad, value, 1e-5, f"gradient of {name}")
+    with pytest.raises(RuntimeError, match="bidirectional_scan has first derivatives only"):
+        (twice,) = torch.autograd.grad(wanted.square().sum(), args["u"], create_graph=True)
+        twice.sum().backward()
 
 
 def test_wrong_arguments_are_named() -> None:
