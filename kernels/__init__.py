@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ssm_modal.kernels.norm import rms_norm, rms_norm_ref
     from ssm_modal.kernels.scan import (
         RowCarry,
+        ScanDirection,
+        bidirectional_scan,
         selective_scan,
         selective_scan_ref,
         selective_scan_row,
@@ -35,7 +37,9 @@ _HOMES = {
     "Choice": "dispatch",
     "ChunkTable": "sequences",
     "RowCarry": "scan",
+    "ScanDirection": "scan",
     "Sequences": "sequences",
+    "bidirectional_scan": "scan",
     "causal_conv1d": "conv",
     "causal_conv1d_beside": "conv",
     "causal_conv1d_ref": "conv",
@@ -63,7 +67,9 @@ __all__ = [
     "Choice",
     "ChunkTable",
     "RowCarry",
+    "ScanDirection",
     "Sequences",
+    "bidirectional_scan",
     "causal_conv1d",
     "causal_conv1d_beside",
     "causal_conv1d_ref",
