@@ -12,6 +12,7 @@ two runs agree to the bit.
 # Triton kernels are a language of their own, which mypy cannot read.
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -34,7 +35,7 @@ from ssm_modal.kernels.conv.triton_common import (
     span,
     window_before,
 )
-from ssm_modal.kernels.devices import gpu_of
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import sigmoid
 from ssm_modal.kernels.triton_sums import column_sums
@@ -87,7 +88,7 @@ def conv_backward_kernel(
     weight,  # (d_inner, K)
     bias,  # (d_inner,)
     initial_state,  # (rows, d_inner, K - 1), any strides
-    dx,  # (batch, length, d_inner), contiguous
+    dx,  # (batch, length, d_inner), neighbouring channels
     partial,  # (chunks, K + 1, d_inner) fp32: of each chunk the gradients of the taps and of the bias
     dinitial,  # (rows, d_inner, K - 1), contiguous
     cu_seqlens,  # (sequences + 1,) int64
@@ -107,6 +108,7 @@ def conv_backward_kernel(
     x_stride_l,
     x_stride_d,
     dx_stride_b,
+    dx_stride_l,
     w_stride_d,
     w_stride_k,
     b_stride,
@@ -132,7 +134,7 @@ def conv_backward_kernel(
     g_scan, g_step = in_scan_order(
         dout, row, first, n, g_stride_b, g_stride_l, d, g_stride_d, PACKED, REVERSE
     )  # fmt: skip
-    dx_scan, dx_step = in_scan_order(dx, row, first, n, dx_stride_b, d_inner, d, 1, PACKED, REVERSE)
+    dx_scan, dx_step = in_scan_order(dx, row, first, n, dx_stride_b, dx_stride_l, d, 1, PACKED, REVERSE)
     taps, shift = parameters(weight, bias, w_stride_d, w_stride_k, b_stride, d, d_mask, K, HAS_BIAS)
     state = (initial_state + row * i_stride_r, i_stride_d, i_stride_k)
     window = window_before(x_scan, x_step, state, d, d_mask, s0, K, HAS_STATE)
@@ -205,16 +207,19 @@ def causal_conv1d_bwd(
     seqs: Sequences | None,
     reverse: bool,
     launch: ConvLaunch | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None where the argument is), in the arguments' dtypes.
 
     dout: (batch, length, d_inner). dfinal_state: (rows, d_inner, d_conv - 1) or None for zeros. `launch`
-    overrides the table's.
+    overrides the table's. dx: where the gradient of x is written, (batch, length, d_inner) with neighbouring
+    channels; None for a new tensor.
     """
     check_taps(weight)
     d_inner, taps = weight.shape
     batch, length, _ = x.shape
-    dx = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
+    if dx is None:
+        dx = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if dinitial is not None and has_empty(x, seqs):
         dinitial.zero_() if dfinal_state is None else dinitial.copy_(dfinal_state)
@@ -227,18 +232,23 @@ def causal_conv1d_bwd(
     partial = torch.empty((chunks, taps + 1, d_inner), dtype=torch.float32, device=x.device)
     state = x if initial_state is None else initial_state
     final = x if dfinal_state is None else dfinal_state
-    with gpu_of(x):
-        conv_backward_kernel[(chunks * -(-d_inner // launch.block_d),)](
-            dout,
-            final,
-            x,
-            weight,
-            x if bias is None else bias,
-            state,
-            dx,
-            partial,
-            x if dinitial is None else dinitial,
-            *tables,
+    launcher = _launcher(
+        launch,
+        taps,
+        bias is not None,
+        initial_state is not None and taps > 1,
+        dfinal_state is not None and taps > 1,
+        seqs is not None,
+        silu,
+        reverse,
+    )
+    launcher(
+        (chunks * -(-d_inner // launch.block_d),),
+        (
+            dout, final, x, weight, x if bias is None else bias, state, dx, partial,
+            x if dinitial is None else dinitial, *tables,
+        ),
+        (
             length,
             d_inner,
             per_row,
@@ -247,24 +257,41 @@ def causal_conv1d_bwd(
             *final.stride(),
             *x.stride(),
             dx.stride(0),
+            dx.stride(1),
             *weight.stride(),
             0 if bias is None else bias.stride(0),
             *state.stride(),
-            K=taps,
-            BLOCK_D=launch.block_d,
-            UNROLL=launch.unroll,
-            HAS_BIAS=bias is not None,
-            HAS_STATE=initial_state is not None and taps > 1,
-            HAS_DFINAL=dfinal_state is not None and taps > 1,
-            PACKED=seqs is not None,
-            SILU=silu,
-            REVERSE=reverse,
-            num_warps=launch.warps,
-        )
+        ),
+    )  # fmt: skip
     dweight = torch.empty((d_inner, taps), dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty((d_inner,), dtype=bias.dtype, device=x.device)
     column_sums(partial, dweight, dbias)
     return dx, dweight, dbias, dinitial
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(
+    launch: ConvLaunch,
+    taps: int,
+    has_bias: bool,
+    has_state: bool,
+    has_dfinal: bool,
+    packed: bool,
+    silu: bool,
+    reverse: bool,
+) -> Launcher:
+    constants = {
+        "K": taps,
+        "BLOCK_D": launch.block_d,
+        "UNROLL": launch.unroll,
+        "HAS_BIAS": has_bias,
+        "HAS_STATE": has_state,
+        "HAS_DFINAL": has_dfinal,
+        "PACKED": packed,
+        "SILU": silu,
+        "REVERSE": reverse,
+    }
+    return Launcher(conv_backward_kernel, constants | {"num_warps": launch.warps})
 
 
 def aot_cases() -> list[AotCase]:
@@ -278,7 +305,7 @@ def aot_cases() -> list[AotCase]:
         given |= {"partial": "*fp32", "HAS_DFINAL": every}
         given |= {"g_stride_b": 2048 * d_inner, "g_stride_l": d_inner, "g_stride_d": 1}
         given |= {"f_stride_r": d_inner * (taps - 1), "f_stride_d": taps - 1, "f_stride_k": 1}
-        given |= {"dx_stride_b": 2048 * d_inner}
+        given |= {"dx_stride_b": 2048 * d_inner, "dx_stride_l": d_inner}
         cases.append(
             AotCase(conv_backward_kernel, config, given, num_warps=launch.warps, minor=dtype == "fp32")
         )

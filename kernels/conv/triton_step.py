@@ -17,11 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.triton_math import silu
+from ssm_modal.kernels.triton_stores import store_held
 
 # Elements of the windows of one program, and warps.
-TILE, WARPS = 256, 2
+TILE, WARPS = 256, 4
+# Of fewer channels than threads Triton loads a row where it is needed; of as many it exchanges them.
+CHANNELS = 64
 
 
 @triton.jit(do_not_specialize=["x_stride_b"])
@@ -69,7 +72,7 @@ def conv_step_kernel(
         y += tl.load(bias + d * b_stride, mask=d_mask, other=0.0).to(tl.float32)
     if SILU:
         y = silu(y)
-    tl.store(out + row * d_inner + d, y.to(out.dtype.element_ty), mask=d_mask)
+    store_held(out + row * d_inner + d, y.to(out.dtype.element_ty), d_mask)
     # An element is written by another thread than reads what stood there.
     tl.debug_barrier()
     tl.store(
@@ -79,11 +82,10 @@ def conv_step_kernel(
     )
 
 
-@functools.lru_cache(maxsize=256)
 def _blocks(d_inner: int, taps: int) -> tuple[int, int]:
     """(channels, padded taps) of a program."""
     block_k = 1 << (taps - 1).bit_length()
-    return max(2, min(TILE // block_k, 1 << (d_inner - 1).bit_length())), block_k
+    return max(2, min(TILE // block_k, CHANNELS, 1 << (d_inner - 1).bit_length())), block_k
 
 
 def causal_conv1d_step_triton(
@@ -98,29 +100,27 @@ def causal_conv1d_step_triton(
     out = torch.empty((batch, d_inner), dtype=x.dtype, device=x.device)
     if batch * d_inner == 0:
         return out
-    block_d, block_k = _blocks(d_inner, taps)
-    with gpu_of(x):
-        conv_step_kernel[(batch * -(-d_inner // block_d),)](
-            x,
-            weight,
-            x if bias is None else bias,
-            state,
-            out,
-            new_state,
+    launcher = _launcher(d_inner, taps, bias is not None, silu)
+    launcher(
+        (batch * -(-d_inner // launcher.constants["BLOCK_D"]),),
+        (x, weight, x if bias is None else bias, state, out, new_state),
+        (
             d_inner,
             *x.stride(),
             *weight.stride(),
             0 if bias is None else bias.stride(0),
             *state.stride(),
             *new_state.stride(),
-            K=taps,
-            BLOCK_D=block_d,
-            BLOCK_K=block_k,
-            HAS_BIAS=bias is not None,
-            SILU=silu,
-            num_warps=WARPS,
-        )
+        ),
+    )
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(d_inner: int, taps: int, has_bias: bool, silu: bool) -> Launcher:
+    block_d, block_k = _blocks(d_inner, taps)
+    constants = {"K": taps, "BLOCK_D": block_d, "BLOCK_K": block_k, "HAS_BIAS": has_bias, "SILU": silu}
+    return Launcher(conv_step_kernel, constants | {"num_warps": WARPS})
 
 
 def aot_cases() -> list[AotCase]:

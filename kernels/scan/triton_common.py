@@ -16,8 +16,6 @@ i`; packed sequences bring a table. Tables of states are (chunks, d_state, d_inn
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -25,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.dispatch import interpreting
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.sequences import Sequences
-from ssm_modal.kernels.triton_math import softplus
+from ssm_modal.kernels.triton_math import NVIDIA, softplus
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -49,6 +47,25 @@ def trips(n):
         return n.handle.data.item()
     else:
         return n
+
+
+@triton.jit
+def again(x):
+    """x (int32), of which the compiler does not know that it has seen it before: each lane asks itself.
+
+    What is computed from it is computed again; kept from the first time it would take registers.
+    """
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;",
+            "=r,r",
+            [x],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return x
 
 
 @triton.jit
@@ -222,6 +239,12 @@ def carry_kernel(
         tl.store(run_sums_ptr + run * d_inner + d, total, mask=mask & (e < d_inner))
 
 
+@functools.cache
+def _carry_launcher(packed: bool, descending: bool, write: bool) -> Launcher:
+    constants = {"PACKED": packed, "DESCENDING": descending, "WRITE": write, "BLOCK": CARRY_BLOCK}
+    return Launcher(carry_kernel, constants | {"num_warps": CARRY_WARPS})
+
+
 def carry(
     states: Tensor,
     sums: Tensor,
@@ -257,26 +280,10 @@ def carry(
         if runs == 0 or d_inner == 0:
             return
         tiles = triton.cdiv(d_inner * d_state, CARRY_BLOCK)
-        carry_kernel[(runs * tiles,)](
-            states,
-            sums,
-            A,
-            entry,
-            last,
-            run_sums,
-            lo,
-            hi,
-            n_chunks,
-            runs_per_row,
-            run_length,
-            d_inner,
-            d_state,
-            tiles,
-            PACKED=seqs is not None,
-            DESCENDING=descending,
-            WRITE=write,
-            BLOCK=CARRY_BLOCK,
-            num_warps=CARRY_WARPS,
+        _carry_launcher(seqs is not None, descending, write)(
+            (runs * tiles,),
+            (states, sums, A, entry, last, run_sums, lo, hi),
+            (n_chunks, runs_per_row, run_length, d_inner, d_state, tiles),
         )
 
     first = (None, None) if table is None else (table.first[:-1], table.first[1:])
@@ -305,21 +312,6 @@ def carry(
 def wide_offsets(chunk_size: int, *row_strides: int) -> bool:
     """Whether an offset inside one chunk may need more than 32 bits."""
     return (chunk_size + 4) * max(abs(stride) for stride in row_strides) >= 2**31 - 2**22
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` with the GPU of its first argument current: Triton launches on the current one."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with gpu_of(args[0]):
-            return function(*args, **kwargs)
-
-    return run
 
 
 def last_contiguous(x: Tensor) -> Tensor:

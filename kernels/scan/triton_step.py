@@ -17,11 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.triton_math import LOG2E, silu, softplus
+from ssm_modal.kernels.triton_stores import store_held
 
 # States of one program: few, so that one row of a small model still spreads over many multiprocessors.
 TILE, WARPS = 512, 4
+# Of fewer channels than threads Triton loads a row where it is needed; of as many it exchanges them.
+CHANNELS = 64
 
 
 @triton.jit(do_not_specialize=["u_stride", "delta_stride", "z_stride", "B_stride_b", "C_stride_b"])
@@ -98,16 +101,15 @@ def scan_step_kernel(
         y += tl.load(D + d, mask=d_mask, other=0.0) * x
     if HAS_Z:
         y *= silu(tl.load(z + row * z_stride + d, mask=d_mask, other=0.0).to(tl.float32))
-    tl.store(out + row * d_inner + d, y.to(out.dtype.element_ty), mask=d_mask)
+    store_held(out + row * d_inner + d, y.to(out.dtype.element_ty), d_mask)
     at = row * w_stride_b + wide_d[:, None] * w_stride_d + n[None, :].to(tl.int64) * w_stride_n
     tl.store(new_state + at, h, mask=mask)
 
 
-@functools.lru_cache(maxsize=256)
 def _blocks(d_inner: int, d_state: int) -> tuple[int, int]:
     """(channels, padded states) of a program."""
     block_n = 1 << (d_state - 1).bit_length()
-    return max(2, min(TILE // block_n, 1 << (d_inner - 1).bit_length())), block_n
+    return max(2, min(TILE // block_n, CHANNELS, 1 << (d_inner - 1).bit_length())), block_n
 
 
 def _row(t: Tensor) -> Tensor:
@@ -139,9 +141,12 @@ def selective_scan_step_triton(
         return out
     u, delta = _row(u), _row(delta)
     z = None if z is None else _row(z)
-    block_d, block_n = _blocks(d_inner, d_state)
-    with gpu_of(u):
-        scan_step_kernel[(batch * -(-d_inner // block_d),)](
+    launcher = _launcher(
+        d_inner, d_state, D is not None, z is not None, delta_bias is not None, delta_softplus, groups == 1
+    )
+    launcher(
+        (batch * -(-d_inner // launcher.constants["BLOCK_D"]),),
+        (
             u,
             delta,
             A,
@@ -153,6 +158,8 @@ def selective_scan_step_triton(
             state,
             out,
             new_state,
+        ),
+        (
             d_inner,
             d_state,
             d_inner // groups,
@@ -164,16 +171,26 @@ def selective_scan_step_triton(
             *C.stride(),
             *state.stride(),
             *new_state.stride(),
-            BLOCK_D=block_d,
-            BLOCK_N=block_n,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
-            HAS_BIAS=delta_bias is not None,
-            SOFTPLUS=delta_softplus,
-            ONE_GROUP=groups == 1,
-            num_warps=WARPS,
-        )
+        ),
+    )
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(
+    d_inner: int, d_state: int, has_D: bool, has_z: bool, has_bias: bool, softplus: bool, one_group: bool
+) -> Launcher:
+    block_d, block_n = _blocks(d_inner, d_state)
+    constants = {
+        "BLOCK_D": block_d,
+        "BLOCK_N": block_n,
+        "HAS_D": has_D,
+        "HAS_Z": has_z,
+        "HAS_BIAS": has_bias,
+        "SOFTPLUS": softplus,
+        "ONE_GROUP": one_group,
+    }
+    return Launcher(scan_step_kernel, constants | {"num_warps": WARPS})
 
 
 def aot_cases() -> list[AotCase]:
