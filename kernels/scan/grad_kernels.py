@@ -334,7 +334,9 @@ def grad_kernel(
                         copies_wait(1)
                     elif KEPT:
                         copies_wait(0)
-                    # The states of these steps once more; those before each step, and its dt, are kept.
+                    # The states before each of these steps once more, and the step sizes, are kept. The state
+                    # after them is at hand: the one that the steps behind them began with.
+                    after = h
                     if KEPT:
                         h = take_tile(kept + turn * TILE, TAKE, TAKE_CONSTRAINTS)
                         keep_times(
@@ -343,7 +345,8 @@ def grad_kernel(
                         )  # fmt: skip
                     else:
                         h = tl.load(scratch_ptr + sub * (BLOCK_D * BLOCK_N) + local)
-                    for j in range(trips(steps_here)):
+                        tl.store(scratch_ptr + subs * (BLOCK_D * BLOCK_N) + local, h)
+                    for j in range(trips(steps_here - 1)):
                         at = (first + j) * step
                         if COPIED:
                             u = copied_row(here, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
@@ -355,13 +358,15 @@ def grad_kernel(
                         )  # fmt: skip
                         if KEPT:
                             dt = take_row(dts + j * (BLOCK_D * 4))
-                            if j > 0:
-                                keep_tile(kept + (turn + j) % STEPS * TILE, h, KEEP, KEEP_CONSTRAINTS)
                         else:
                             x = load_row(delta_row, at, delta_time, d, mask_d, WIDE).to(tl.float32)
                             dt = time_step(x, bias, True, SOFTPLUS)
-                            tl.store(scratch_ptr + (subs + j) * (BLOCK_D * BLOCK_N) + local, h)
                         h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
+                        if KEPT:
+                            keep_tile(kept + (turn + j + 1) % STEPS * TILE, h, KEEP, KEEP_CONSTRAINTS)
+                        else:
+                            tl.store(scratch_ptr + (subs + j + 1) * (BLOCK_D * BLOCK_N) + local, h)
+                    h = after
                     for back_j in range(trips(steps_here)):
                         j = steps_here - 1 - back_j
                         at = (first + j) * step
