@@ -81,7 +81,7 @@ def grad_kernel(
     ddelta_ptr,  # out: (batch, length, d_inner), contiguous
     sums_ptr,  # out: (partials, batch, length, groups, 2, states) fp32, zeros: dB and dC; states: d_state
     # rounded up, to 4 at least
-    dskip_ptr,  # out: (chunks, d_inner) fp32 or None
+    dskip_ptr,  # out: (chunks, d_inner) fp32 or None; the rows of dskip and dbias, if both, take turns
     dz_ptr,  # out: (batch, length, d_inner), contiguous, or None
     dbias_ptr,  # out: (chunks, d_inner) fp32 or None
     start_ptr,  # packed: (chunks,) int64
@@ -451,7 +451,10 @@ def grad_kernel(
             chunk_again = again(chunk_index).to(tl.int64)
             tile = state_tile(n, d_again, again(d_inner))
             tl.store(grads_ptr + chunk_again * size + tile, da, mask=mask_n[:, None] & mask_again[None, :])
+            vectors = 1
+            if dskip_ptr is not None and dbias_ptr is not None:
+                vectors = 2
             if dskip_ptr is not None:
-                tl.store(dskip_ptr + chunk_again * d_inner + d_again, dskip, mask=mask_again)
+                tl.store(dskip_ptr + chunk_again * vectors * d_inner + d_again, dskip, mask=mask_again)
             if dbias_ptr is not None:
-                tl.store(dbias_ptr + chunk_again * d_inner + d_again, dbias, mask=mask_again)
+                tl.store(dbias_ptr + chunk_again * vectors * d_inner + d_again, dbias, mask=mask_again)

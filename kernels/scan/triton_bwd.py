@@ -50,6 +50,7 @@ from ssm_modal.kernels.scan.triton_common import (
     wide_offsets,
 )
 from ssm_modal.kernels.sequences import Sequences
+from ssm_modal.kernels.triton_sums import column_sums
 
 
 @on_its_device
@@ -182,8 +183,10 @@ def selective_scan_bwd(
     du = torch.empty((batch, length, d_inner), dtype=u.dtype, device=u.device)
     ddelta = torch.empty_like(du)
     dz = None if z is None else torch.empty_like(du)
-    dskip = None if D is None else sums
-    dbias = None if delta_bias is None else empty(chunks, d_inner)
+    given = (D is not None) + (delta_bias is not None)
+    vectors = empty(chunks, given, d_inner)
+    dskip = None if D is None else vectors[:, 0]
+    dbias = None if delta_bias is None else vectors[:, -1]
     blocks_per_group = triton.cdiv(group_channels, launch.block)
     deterministic = torch.are_deterministic_algorithms_enabled()
     blocks_per_split = triton.cdiv(blocks_per_group, launch.bwd_splits) if deterministic else 1
@@ -262,15 +265,23 @@ def selective_scan_bwd(
     )
     both = partial[0] if partials == 1 else partial.sum(0)
     both = in_order(both[..., : padded_state(d_state)], launch.block)[..., :d_state]
+    dA, dD, ddelta_bias = empty(d_inner, d_state), None, None
+    column_sums(grads, dA, None)
+    if D is not None:
+        dD = empty(d_inner)
+    if delta_bias is not None:
+        ddelta_bias = empty(d_inner)
+    if given:
+        column_sums(vectors, (ddelta_bias if dD is None else dD)[:, None], ddelta_bias if given == 2 else None)
     return (
         du,
         ddelta,
-        grads.sum(0).t().contiguous(),
+        dA,
         both[..., 0, :].to(dtype_b).contiguous(),
         both[..., 1, :].to(dtype_c).contiguous(),
-        None if dskip is None else dskip.sum(0),
+        dD,
         dz,
-        None if dbias is None else dbias.sum(0),
+        ddelta_bias,
         None if initial_state is None else dinitial.transpose(1, 2).contiguous(),
     )
 
