@@ -13,11 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssm_modal.kernels.scan.decays import decays
 from ssm_modal.kernels.scan.prefetch import copied_row, copies_wait, copy_block, load_rows
 from ssm_modal.kernels.scan.staging import STAGED_STRIDES, stage_base, stage_rows, stage_wait, states_row
 from ssm_modal.kernels.scan.triton_common import (
     EXTENTS,
     LOG2E,
+    again,
     channel_block,
     chunk_range,
     first_channel,
@@ -70,6 +72,8 @@ def chunk_state_kernel(
     ROW_COPY: tl.constexpr,
     ROW_PIECE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    DECAY: tl.constexpr,
+    DECAY_CONSTRAINTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FULL_D: tl.constexpr,
@@ -98,7 +102,8 @@ def chunk_state_kernel(
     delta_ptr += row * delta_batch + t * delta_time
     b_ptr += row * b_batch + t * b_time + group * b_group
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_D], tl.float32)
+    # A tile, as the states are: of a row in another layout all that leads to it would be computed once more.
+    total = tl.zeros([1, BLOCK_D], tl.float32)
     lane = tl.arange(0, BLOCK_D)
     staged = stage_base(RESERVE)
     COPIED: tl.constexpr = ROW_READ is not None
@@ -141,10 +146,13 @@ def chunk_state_kernel(
                     BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 dt = time_step(x, bias, first + j < count, SOFTPLUS)
-                total += dt
-                h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
+                total += dt[None, :]
+                h = decays(rate, dt, DECAY, DECAY_CONSTRAINTS) * h + b * (dt * u)[None, :]
+    # Kept over the loops, these addresses would take registers.
+    _, d, _ = channel_block(again(pid % blocks), group_channels, blocks_per_group, BLOCK_D, FULL_D)
+    tile = state_tile(n, d, again(d_inner))
     tl.store(states_ptr + chunk * d_inner * d_state + tile, h, mask=mask)
-    tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
+    tl.store(sums_ptr + chunk * d_inner + d[None, :], total, mask=mask_d[None, :])
 
 
 @triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STAGED_STRIDES)
@@ -191,6 +199,8 @@ def chunk_grad_kernel(
     ROW_COPY: tl.constexpr,
     ROW_PIECE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    DECAY: tl.constexpr,
+    DECAY_CONSTRAINTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FULL_D: tl.constexpr,
@@ -222,7 +232,8 @@ def chunk_grad_kernel(
         z_ptr += row * z_batch + t * z_time
 
     g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_D], tl.float32)
+    # A tile, as the states are: of a row in another layout all that leads to it would be computed once more.
+    total = tl.zeros([1, BLOCK_D], tl.float32)
     lane = tl.arange(0, BLOCK_D)
     staged = stage_base(RESERVE)
     COPIED: tl.constexpr = ROW_READ is not None
@@ -275,7 +286,7 @@ def chunk_grad_kernel(
                     else:
                         z = zs[j].to(tl.float32)
                     dy *= z * sigmoid(z)
-                total += dt
-                g = tl.exp2(rate * dt[None, :]) * (g + c * dy[None, :])
+                total += dt[None, :]
+                g = decays(rate, dt, DECAY, DECAY_CONSTRAINTS) * (g + c * dy[None, :])
     tl.store(grads_ptr + chunk * d_inner * d_state + tile, g, mask=mask)
-    tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
+    tl.store(sums_ptr + chunk * d_inner + d[None, :], total, mask=mask_d[None, :])

@@ -30,6 +30,7 @@ from ssm_modal.kernels.scan.triton_common import (
     EXTENTS,
     LN2,
     LOG2E,
+    again,
     channel_block,
     chunk_range,
     first_channel,
@@ -40,26 +41,7 @@ from ssm_modal.kernels.scan.triton_common import (
     time_step,
     trips,
 )
-from ssm_modal.kernels.triton_math import NVIDIA, sigmoid
-
-
-@triton.jit
-def again(x):
-    """x (int32), of which the compiler does not know that it has seen it before: each lane asks itself.
-
-    What is computed from it is computed again; kept from the first time it would take registers.
-    """
-    if NVIDIA:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;",
-            "=r,r",
-            [x],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return x
+from ssm_modal.kernels.triton_math import sigmoid
 
 
 @triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STAGED_STRIDES)
@@ -213,7 +195,7 @@ def grad_kernel(
             delta_row = delta_ptr + row * delta_batch + t0 * delta_time
 
             # Forward over the chunk: every STEPS-th state into the scratch. The last stage of rows is the
-            # first that is needed on the way back, so C comes along.
+            # first that is needed on the way back: with it comes C.
             h = tl.load(states_ptr + chunk * size + tile, mask=mask, other=0.0)
             if COPIED:
                 copy_block(
@@ -222,9 +204,14 @@ def grad_kernel(
                 )  # fmt: skip
             for stage in range(0, trips(count), STAGE):
                 stage_rows(
-                    staged_b, b_row, c_row, stage, count, step, b_time, c_time, d_state, BRING, BROUGHT, WIDE,
-                    STAGE, BLOCK_N, BLOCK_D, STAGE,
+                    staged_b, b_row, None, stage, count, step, b_time, 0, d_state, BRING, BROUGHT, WIDE, STAGE,
+                    BLOCK_N, BLOCK_D, STAGE,
                 )  # fmt: skip
+                if stage + STAGE >= count:
+                    stage_rows(
+                        staged_c, c_row, None, stage, count, step, c_time, 0, d_state, BRING, BROUGHT, WIDE,
+                        STAGE, BLOCK_N, BLOCK_D,
+                    )  # fmt: skip
                 for first in range(stage, trips(tl.minimum(stage + STAGE, count)), STEPS):
                     here = rows + (first // STEPS % 2) * (4 * ROWS)
                     if COPIED:

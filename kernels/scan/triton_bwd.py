@@ -29,6 +29,7 @@ from torch import Tensor
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.scan.channel_sum import channel_sum, in_order, memory_states, sums_bytes
 from ssm_modal.kernels.scan.chunk_kernels import chunk_grad_kernel
+from ssm_modal.kernels.scan.decays import decay
 from ssm_modal.kernels.scan.grad_kernels import grad_kernel
 from ssm_modal.kernels.scan.keeping import kept_states
 from ssm_modal.kernels.scan.launch import (
@@ -166,6 +167,7 @@ def selective_scan_bwd(
         FULL_D=group_channels % launch.fwd_block == 0,
         num_warps=1,
         maxnreg=launch.fwd_registers,
+        **decay(d_state, launch.fwd_block, launch.polynomials),
         **options,
     )
     dinitial = carry(
@@ -382,6 +384,7 @@ def aot_cases() -> list[AotCase]:
                     not packed and d_state * DTYPES[dtype].itemsize % 16 == 0,
                 ),
                 **row_copies(DTYPES[dtype], launch.fwd_block, not packed),
+                **decay(d_state, launch.fwd_block, launch.polynomials),
                 "BLOCK_D": launch.fwd_block,
                 "BLOCK_N": padded_state(d_state),
                 "FULL_D": not packed,

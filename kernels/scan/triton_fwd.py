@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.scan.chunk_kernels import chunk_state_kernel
+from ssm_modal.kernels.scan.decays import decay
 from ssm_modal.kernels.scan.launch import (
     ScanLaunch,
     boundaries_shape,
@@ -136,6 +137,7 @@ def selective_scan_fwd(
             *b_strides,
             *shape_args,
             maxnreg=launch.fwd_registers,
+            **decay(d_state, launch.fwd_block, launch.polynomials),
             **options,
         )
         final = carry(
@@ -172,6 +174,7 @@ def selective_scan_fwd(
         *shape_args,
         SERIAL=launch.serial,
         maxnreg=launch.serial_registers if launch.serial else launch.fwd_registers,
+        **decay(d_state, launch.fwd_block, launch.output_polynomials),
         **options,
     )
     return out, final.transpose(1, 2), states
@@ -261,7 +264,7 @@ def aot_cases() -> list[AotCase]:
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
             if not launch.serial:
                 args = shared | {k: v for k, v in strides.items() if k.split("_")[0] in ("u", "delta", "b")}
-                args |= {"sums_ptr": "*fp32"}
+                args |= {"sums_ptr": "*fp32", **decay(d_state, launch.fwd_block, launch.polynomials)}
                 cases.append(
                     AotCase(
                         chunk_state_kernel,
@@ -272,7 +275,7 @@ def aot_cases() -> list[AotCase]:
                         minor=minor,
                     )
                 )
-            args = shared | strides
+            args = shared | strides | decay(d_state, launch.fwd_block, launch.output_polynomials)
             args |= {
                 "c_ptr": shared["b_ptr"],
                 "skip_ptr": "*fp32",
