@@ -4,8 +4,8 @@
     python -m benchmarks.bench_conv --sweep steps=128,256,512
     python -m benchmarks.bench_conv --forward --sweep unroll=4,16
 
-The kernels alone at B8 D2048 L8192, width 4, SiLU, bf16, timed as by `python -m benchmarks.bench_scan`: forward
-and backward with other launches of the backward, or the forward alone with others of its own.
+The kernels alone at B8 D2048 L8192, width 4, SiLU, bf16, timed as by `python -m benchmarks.bench_scan`:
+forward and backward with other launches of the backward, or the forward alone with others of its own.
 """
 
 from __future__ import annotations

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from ssm_modal.kernels import (
+    ScanDirection,
     Sequences,
+    bidirectional_scan,
     causal_conv1d,
     causal_conv1d_step_,
+    cross_entropy,
     rms_norm,
     selective_scan,
     selective_scan_step_,
@@ -74,8 +77,37 @@ def scans(device: torch.device, backend: str) -> Iterator[str]:
         yield f"selective_scan {tuple(u.shape)} N{d_state} groups {groups} {dtype}"
 
 
+def both_ways(device: torch.device, backend: str) -> Iterator[str]:
+    """Runs bidirectional scans and names each: (length, d_inner, d_state, dtype, gated)."""
+    cases = (
+        (131, 37, 3, torch.bfloat16, True),
+        (300, 64, 16, torch.bfloat16, True),
+        (270, 24, 64, torch.bfloat16, True),
+        (77, 33, 5, torch.float32, False),
+    )
+    for length, d_inner, d_state, dtype, gated in cases:
+
+        def narrow(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+        u, z, *deltas = (narrow(2, length, d_inner) for _ in range(4))
+        ahead, back = (
+            ScanDirection(
+                delta,
+                (-torch.rand(d_inner, d_state, device=device)).requires_grad_(),
+                narrow(2, length, d_state),
+                narrow(2, length, d_state),
+                torch.randn(d_inner, device=device, requires_grad=True),
+            )
+            for delta in deltas
+        )
+        out = bidirectional_scan(u, ahead, back, z=z if gated else None, delta_softplus=True, backend=backend)
+        out.float().sum().backward()
+        yield f"bidirectional_scan {tuple(u.shape)} N{d_state} {dtype}"
+
+
 def others(device: torch.device, backend: str) -> Iterator[str]:
-    """Runs convolution, norm and the single steps and names each."""
+    """Runs convolution, norm, loss and the single steps and names each."""
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(2, 131, 37, device=device, dtype=dtype, requires_grad=True)
         weight = torch.randn(37, 4, device=device, dtype=dtype, requires_grad=True)
@@ -86,6 +118,9 @@ def others(device: torch.device, backend: str) -> Iterator[str]:
         normed, total = rms_norm(x, scale, residual=torch.randn_like(x), backend=backend)
         (normed.float().sum() + total.float().sum()).backward()
         yield f"rms_norm {tuple(x.shape)} {dtype}"
+        logits, targets = torch.randn(3, 5001, device=device, dtype=dtype), torch.arange(3, device=device)
+        cross_entropy(logits, targets, gradient=True, backend=backend)
+        yield f"cross_entropy {tuple(logits.shape)} {dtype}"
         with torch.no_grad():
             row = torch.randn(3, 37, device=device, dtype=dtype)
             state = torch.zeros(3, 37, 5, device=device)
@@ -106,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="default cuda; cpu under TRITON_INTERPRET=1")
     device = torch.device(parser.parse_args(arguments).device)
     torch.manual_seed(0)
-    for run in (scans, others):
+    for run in (scans, both_ways, others):
         for name in run(device, "triton"):
             if device.type == "cuda":
                 torch.cuda.synchronize()

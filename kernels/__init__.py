@@ -16,10 +16,13 @@ if TYPE_CHECKING:
         causal_conv1d_step_,
     )
     from ssm_modal.kernels.dispatch import BackendError, Choice, explain, use_backend
+    from ssm_modal.kernels.loss import cross_entropy, cross_entropy_ref
     from ssm_modal.kernels.lti import lti_scan, lti_scan_ref, lti_scan_step, lti_scan_step_
     from ssm_modal.kernels.norm import rms_norm, rms_norm_ref
     from ssm_modal.kernels.scan import (
         RowCarry,
+        ScanDirection,
+        bidirectional_scan,
         selective_scan,
         selective_scan_ref,
         selective_scan_row,
@@ -33,11 +36,15 @@ _HOMES = {
     "Choice": "dispatch",
     "ChunkTable": "sequences",
     "RowCarry": "scan",
+    "ScanDirection": "scan",
     "Sequences": "sequences",
+    "bidirectional_scan": "scan",
     "causal_conv1d": "conv",
     "causal_conv1d_ref": "conv",
     "causal_conv1d_step": "conv",
     "causal_conv1d_step_": "conv",
+    "cross_entropy": "loss",
+    "cross_entropy_ref": "loss",
     "explain": "dispatch",
     "lti_scan": "lti",
     "lti_scan_ref": "lti",
@@ -58,11 +65,15 @@ __all__ = [
     "Choice",
     "ChunkTable",
     "RowCarry",
+    "ScanDirection",
     "Sequences",
+    "bidirectional_scan",
     "causal_conv1d",
     "causal_conv1d_ref",
     "causal_conv1d_step",
     "causal_conv1d_step_",
+    "cross_entropy",
+    "cross_entropy_ref",
     "explain",
     "lti_scan",
     "lti_scan_ref",

@@ -50,11 +50,44 @@ def signature(tensors: Sequence[object]) -> tuple[object, ...] | None:
     return tuple(seen)
 
 
+class Passed:
+    """Signatures of calls whose arguments passed every check: they pass again, unchecked.
+
+    Checking takes longer than a short scan. A new signature is checked and not kept once there are `MOST`.
+    """
+
+    MOST = 4096
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[object, ...]] = set()
+
+    def __contains__(self, seen: tuple[object, ...] | None) -> bool:
+        return seen is not None and seen in self._seen
+
+    def add(self, seen: tuple[object, ...] | None) -> None:
+        """Note that a call with signature `seen` passed; None stands for a call that is always checked."""
+        if seen is not None and len(self._seen) < self.MOST:
+            self._seen.add(seen)
+
+
 def check_tensor(op: str, name: str, value: object) -> Tensor:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     return value
+
+
+def check_classes(where: str, labels: Tensor, n_classes: int, also: str = "") -> None:
+    """Raise ValueError where int64 `labels` on the CPU hold what is no class; elsewhere the device asserts.
+
+    where: how the message names them. also: what else may stand there, for the message.
+    """
+    if labels.device.type != "cpu" or not labels.numel():
+        return
+    low, high = (int(n) for n in torch.aminmax(labels))
+    if low < 0 or high >= n_classes:
+        wrong = high if high >= n_classes else low
+        raise ValueError(f"{where} holds {wrong}, expected 0 to {n_classes - 1}{also}")
 
 
 def check_shape(op: str, name: str, value: object, expected: Sequence[int | str], meaning: str) -> Tensor:

@@ -13,20 +13,30 @@ from ssm_modal.kernels.checks import PLAIN, recording
 
 NAMESPACE = "ssm_modal"
 
+_PLAIN = frozenset((*PLAIN, type(None)))
+
+
+def eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call on `tensors` runs now, on plain tensors, and no mode or transform wants to see it.
+
+    Then it may go past torch's dispatcher, which costs more than a short scan or convolution takes: straight
+    to its backend where no gradient is recorded, else through a plain `torch.autograd.Function`, a fraction
+    of what a custom op's autograd costs. Where a call is traced, compiled, exported or transformed, the
+    custom op serves, which those know how to handle.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return _PLAIN.issuperset(map(type, tensors))
+
 
 def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call on `tensors` may go straight to its backend, past torch's dispatcher and autograd.
-
-    So it may where it runs eagerly, on plain tensors, with no dispatch mode that wants to see it, and no
-    gradient is recorded: the dispatcher and autograd's bookkeeping cost more than a short scan or
-    convolution.
-    """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return False
-    for t in tensors:
-        if t is not None and type(t) not in PLAIN:
-            return False
-    return not recording(tensors)
+    """Whether a call on `tensors` may go straight to its backend: it runs eagerly and records no gradient."""
+    return eager(tensors) and not recording(tensors)
 
 
 def written(op: str, name: str, tensor: Tensor) -> None:

@@ -177,6 +177,11 @@ def check_packing(
     return seqs, seqs.n, "sequences"
 
 
+def unpacked(seqs: Sequences | None) -> tuple[Tensor | None, list[int]]:
+    """(cu_seqlens, lengths) of packed sequences, what a custom op takes and `cached_sequences` turns back."""
+    return (None, []) if seqs is None else (seqs.cu_seqlens, list(seqs.lengths))
+
+
 _CACHE: OrderedDict[tuple[tuple[int, ...], torch.device], Sequences] = OrderedDict()
 _CACHE_SIZE = 16
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
+from ssm_modal.kernels.launching import Launcher
 
 # Rows are added in tiles of at most this many, in channel blocks of this width: many programs even where
 # there are few channels, with 4 KiB under way a warp.
@@ -70,21 +70,17 @@ def column_sums(partial: Tensor, main: Tensor, last: Tensor | None = None) -> No
     taps = main.shape[1]
     if width == 0:
         return
-    tile, warps = _tile(rows)
-    with gpu_of(partial):
-        column_sums_kernel[(-(-width // BLOCK), taps + (last is not None))](
-            partial,
-            main,
-            main if last is None else last,
-            rows,
-            width,
-            K=taps,
-            HAS_LAST=last is not None,
-            PLANES=planes,
-            ROWS=tile,
-            BLOCK=BLOCK,
-            num_warps=warps,
-        )
+    _launcher(*_tile(rows), planes, taps, last is not None)(
+        (-(-width // BLOCK), taps + (last is not None)),
+        (partial, main, main if last is None else last),
+        (rows, width),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(tile: int, warps: int, planes: int, taps: int, has_last: bool) -> Launcher:
+    constants = {"K": taps, "HAS_LAST": has_last, "PLANES": planes, "ROWS": tile, "BLOCK": BLOCK}
+    return Launcher(column_sums_kernel, constants | {"num_warps": warps})
 
 
 def aot_cases() -> list[AotCase]:

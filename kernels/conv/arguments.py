@@ -23,18 +23,16 @@ def check_sequence(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | Sequences | None,
-) -> tuple[bool, Sequences | None]:
-    """Check the arguments of the whole-sequence form; returns (SiLU asked for, validated sequences)."""
-    silu = check_activation(op, activation)
+) -> Sequences | None:
+    """Check the tensors of the whole-sequence form; returns the validated sequences."""
     check_shape(op, "x", x, ("batch", "length", "d_inner"), "(batch, length, d_inner)")
     _check_parameters(op, x, weight, bias)
     seqs, rows, axis = check_packing(op, "x", x, cu_seqlens)
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, x, weight, rows, axis)
-    return silu, seqs
+    return seqs
 
 
 def check_step(

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_modal.kernels.custom_ops import goes_straight, register, without_none
-from ssm_modal.kernels.sequences import Sequences, cached_sequences
+from ssm_modal.kernels.checks import recording
+from ssm_modal.kernels.custom_ops import eager, register, without_none
+from ssm_modal.kernels.sequences import Sequences, cached_sequences, unpacked
 
 torch.library.define(
     "ssm_modal::causal_conv1d_fwd",
@@ -37,25 +38,6 @@ def backend_functions(backend: str) -> tuple[Any, Any]:
     from ssm_modal.kernels.cpu import bindings
 
     return bindings.causal_conv1d_fwd, bindings.causal_conv1d_bwd
-
-
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    initial_state: Tensor | None,
-    seqs: Sequences | None,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(out, final state) by `backend` on checked arguments, differentiable."""
-    if goes_straight((x, weight, bias, initial_state)):
-        return backend_functions(backend)[0](x, weight, bias, silu, initial_state, seqs, reverse)
-    cu_seqlens, lengths = (None, []) if seqs is None else (seqs.cu_seqlens, list(seqs.lengths))
-    return torch.ops.ssm_modal.causal_conv1d_fwd(
-        x, weight, bias, silu, initial_state, cu_seqlens, lengths, reverse, backend
-    )
 
 
 def _fwd(
@@ -142,12 +124,22 @@ def _backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tup
     silu, lengths, reverse, backend = ctx.options
     if dout is None:
         dout = x.new_zeros(x.shape)
-    dx, dweight, dbias, dinitial = torch.ops.ssm_modal.causal_conv1d_bwd(
-        dout, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, lengths, reverse, backend
-    )
-    dbias = None if bias is None else dbias
-    dinitial = None if initial_state is None else dinitial
-    return dx, dweight, dbias, None, dinitial, None, None, None, None
+    options = (cu_seqlens, lengths, reverse, backend)
+    *grads, dinitial = _grads_by_op(dout, dfinal_state, (x, weight, bias, initial_state), silu, options)
+    return (*grads, None, dinitial, None, None, None, None)
+
+
+def _grads_by_op(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    given: tuple[Tensor | None, ...],
+    silu: bool,
+    options: tuple[Any, ...],
+) -> list[Tensor | None]:
+    """Of each of the four tensors `given` the gradient by `causal_conv1d_bwd`, None where it is None."""
+    *lead, initial_state = given
+    grads = torch.ops.ssm_modal.causal_conv1d_bwd(dout, dfinal_state, *lead, silu, initial_state, *options)
+    return [None if t is None else g for g, t in zip(grads, given)]
 
 
 register(
@@ -161,3 +153,54 @@ register(
     no_second="causal_conv1d has first derivatives only on backends 'triton' and 'cpu': a second derivative "
     "was asked for (backward through a gradient taken with create_graph=True); use backend='torch' for that",
 )
+
+
+class _Convolution(torch.autograd.Function):
+    """The convolution of an eager call that records gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, weight, bias, silu, initial_state, seqs, reverse, backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, initial_state)
+        ctx.options = (silu, seqs, reverse, backend)
+        return backend_functions(backend)[0](x, weight, bias, silu, initial_state, seqs, reverse)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        dout, dfinal_state = upstream
+        if dout is None and dfinal_state is None:
+            return (None,) * 8
+        given = x, weight, bias, initial_state = ctx.saved_tensors
+        silu, seqs, reverse, backend = ctx.options
+        if dout is None:
+            dout = x.new_zeros(x.shape)
+        grads: Sequence[Tensor | None]
+        if not torch.is_grad_enabled() and eager((dout, dfinal_state, *given)):
+            bwd = backend_functions(backend)[1]
+            grads = bwd(dout, dfinal_state, x, weight, bias, silu, initial_state, seqs, reverse)
+        else:
+            # The op refuses a second derivative, and is what a trace of the backward can hold.
+            grads = _grads_by_op(dout, dfinal_state, given, silu, (*unpacked(seqs), reverse, backend))
+        return (*grads[:3], None, grads[3], None, None, None)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    seqs: Sequences | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, final state) by `backend` on checked arguments, differentiable."""
+    given = (x, weight, bias, initial_state)
+    if eager(given):
+        if recording(given):
+            return _Convolution.apply(x, weight, bias, silu, initial_state, seqs, reverse, backend)
+        return backend_functions(backend)[0](x, weight, bias, silu, initial_state, seqs, reverse)
+    return torch.ops.ssm_modal.causal_conv1d_fwd(
+        x, weight, bias, silu, initial_state, *unpacked(seqs), reverse, backend
+    )

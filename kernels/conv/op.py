@@ -6,12 +6,14 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from ssm_modal.kernels.checks import check_flags
-from ssm_modal.kernels.conv.arguments import check_sequence
+from ssm_modal.kernels.checks import Passed, check_flags, signature
+from ssm_modal.kernels.conv.arguments import check_activation, check_sequence
 from ssm_modal.kernels.conv.custom_op import convolve
 from ssm_modal.kernels.conv.shifted import causal_conv1d_shifted
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.sequences import Sequences
+
+_passed = Passed()
 
 
 @overload
@@ -96,7 +98,12 @@ def causal_conv1d(
     """
     op = "causal_conv1d"
     check_flags(op, reverse=reverse, return_final_state=return_final_state)
-    silu, seqs = check_sequence(op, x, weight, bias, activation, initial_state, cu_seqlens)
+    silu = check_activation(op, activation)
+    seen = None if cu_seqlens is not None else signature((x, weight, bias, initial_state))
+    seqs: Sequences | None = None
+    if seen not in _passed:
+        seqs = check_sequence(op, x, weight, bias, initial_state, cu_seqlens)
+        _passed.add(seen)
     chosen = resolve(op, x.device, x.dtype, backend)
     if chosen == "torch":
         out, final = causal_conv1d_shifted(x, weight, bias, silu, initial_state, seqs, reverse)

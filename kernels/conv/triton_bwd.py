@@ -12,6 +12,7 @@ two runs agree to the bit.
 # Triton kernels are a language of their own, which mypy cannot read.
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -34,7 +35,7 @@ from ssm_modal.kernels.conv.triton_common import (
     span,
     window_before,
 )
-from ssm_modal.kernels.devices import gpu_of
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import sigmoid
 from ssm_modal.kernels.triton_sums import column_sums
@@ -240,18 +241,23 @@ def causal_conv1d_bwd(
     partial = torch.empty((chunks, taps + 1, d_inner), dtype=torch.float32, device=x.device)
     state = x if initial_state is None else initial_state
     final = x if dfinal_state is None else dfinal_state
-    with gpu_of(x):
-        conv_backward_kernel[(chunks * -(-d_inner // launch.block_d),)](
-            dout,
-            final,
-            x,
-            weight,
-            x if bias is None else bias,
-            state,
-            dx,
-            partial,
-            x if dinitial is None else dinitial,
-            *tables,
+    launcher = _launcher(
+        launch,
+        taps,
+        bias is not None,
+        initial_state is not None and taps > 1,
+        dfinal_state is not None and taps > 1,
+        seqs is not None,
+        silu,
+        reverse,
+    )
+    launcher(
+        (chunks * -(-d_inner // launch.block_d),),
+        (
+            dout, final, x, weight, x if bias is None else bias, state, dx, partial,
+            x if dinitial is None else dinitial, *tables,
+        ),
+        (
             length,
             d_inner,
             per_row,
@@ -259,26 +265,43 @@ def causal_conv1d_bwd(
             *dout.stride(),
             *final.stride(),
             *x.stride(),
-            dx.stride(0),
+            length * d_inner,
             *weight.stride(),
             0 if bias is None else bias.stride(0),
             *state.stride(),
-            K=taps,
-            BLOCK_D=launch.block_d,
-            UNROLL=launch.unroll,
-            HAS_BIAS=bias is not None,
-            HAS_STATE=initial_state is not None and taps > 1,
-            HAS_DFINAL=dfinal_state is not None and taps > 1,
-            PACKED=seqs is not None,
-            SILU=silu,
-            REVERSE=reverse,
-            num_warps=launch.warps,
-            maxnreg=launch.registers,
-        )
+        ),
+    )  # fmt: skip
     dweight = torch.empty((d_inner, taps), dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty((d_inner,), dtype=bias.dtype, device=x.device)
     column_sums(partial, dweight, dbias)
     return dx, dweight, dbias, dinitial
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(
+    launch: ConvLaunch,
+    taps: int,
+    has_bias: bool,
+    has_state: bool,
+    has_dfinal: bool,
+    packed: bool,
+    silu: bool,
+    reverse: bool,
+) -> Launcher:
+    constants = {
+        "K": taps,
+        "BLOCK_D": launch.block_d,
+        "UNROLL": launch.unroll,
+        "HAS_BIAS": has_bias,
+        "HAS_STATE": has_state,
+        "HAS_DFINAL": has_dfinal,
+        "PACKED": packed,
+        "SILU": silu,
+        "REVERSE": reverse,
+    }
+    return Launcher(
+        conv_backward_kernel, constants | {"num_warps": launch.warps, "maxnreg": launch.registers}
+    )
 
 
 def aot_cases() -> list[AotCase]:

@@ -7,6 +7,7 @@ Memory bound: it reads x and writes out once, 4 bytes an element in bf16.
 # Triton kernels are a language of their own, which mypy cannot read.
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -29,7 +30,7 @@ from ssm_modal.kernels.conv.triton_common import (
     span,
     window_before,
 )
-from ssm_modal.kernels.devices import gpu_of
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import sigmoid
 
@@ -128,36 +129,54 @@ def causal_conv1d_fwd(
         launch = conv_launch(batch * length, d_inner, taps, False, x.element_size())
     chunks, tables, per_row = plan(x, seqs, launch.steps)
     state = x if initial_state is None else initial_state
-    with gpu_of(x):
-        conv_forward_kernel[(chunks * -(-d_inner // launch.block_d),)](
-            x,
-            weight,
-            x if bias is None else bias,
-            state,
-            out,
-            final,
-            *tables,
+    launcher = _launcher(
+        launch,
+        taps,
+        bias is not None,
+        initial_state is not None and taps > 1,
+        seqs is not None,
+        silu,
+        reverse,
+    )
+    launcher(
+        (chunks * -(-d_inner // launch.block_d),),
+        (x, weight, x if bias is None else bias, state, out, final, *tables),
+        (
             length,
             d_inner,
             per_row,
             launch.steps,
             *x.stride(),
-            out.stride(0),
+            length * d_inner,
             *weight.stride(),
             0 if bias is None else bias.stride(0),
             *state.stride(),
-            K=taps,
-            BLOCK_D=launch.block_d,
-            UNROLL=launch.unroll,
-            HAS_BIAS=bias is not None,
-            HAS_STATE=initial_state is not None and taps > 1,
-            PACKED=seqs is not None,
-            SILU=silu,
-            REVERSE=reverse,
-            num_warps=launch.warps,
-            maxnreg=launch.registers,
-        )
+        ),
+    )
     return out, final
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(
+    launch: ConvLaunch,
+    taps: int,
+    has_bias: bool,
+    has_state: bool,
+    packed: bool,
+    silu: bool,
+    reverse: bool,
+) -> Launcher:
+    constants = {
+        "K": taps,
+        "BLOCK_D": launch.block_d,
+        "UNROLL": launch.unroll,
+        "HAS_BIAS": has_bias,
+        "HAS_STATE": has_state,
+        "PACKED": packed,
+        "SILU": silu,
+        "REVERSE": reverse,
+    }
+    return Launcher(conv_forward_kernel, constants | {"num_warps": launch.warps, "maxnreg": launch.registers})
 
 
 def aot_cases() -> list[AotCase]:

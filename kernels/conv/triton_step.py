@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.triton_math import silu
 
 # Elements of the windows of one program, and warps.
@@ -79,7 +79,6 @@ def conv_step_kernel(
     )
 
 
-@functools.lru_cache(maxsize=256)
 def _blocks(d_inner: int, taps: int) -> tuple[int, int]:
     """(channels, padded taps) of a program."""
     block_k = 1 << (taps - 1).bit_length()
@@ -98,29 +97,27 @@ def causal_conv1d_step_triton(
     out = torch.empty((batch, d_inner), dtype=x.dtype, device=x.device)
     if batch * d_inner == 0:
         return out
-    block_d, block_k = _blocks(d_inner, taps)
-    with gpu_of(x):
-        conv_step_kernel[(batch * -(-d_inner // block_d),)](
-            x,
-            weight,
-            x if bias is None else bias,
-            state,
-            out,
-            new_state,
+    launcher = _launcher(d_inner, taps, bias is not None, silu)
+    launcher(
+        (batch * -(-d_inner // launcher.constants["BLOCK_D"]),),
+        (x, weight, x if bias is None else bias, state, out, new_state),
+        (
             d_inner,
             *x.stride(),
             *weight.stride(),
             0 if bias is None else bias.stride(0),
             *state.stride(),
             *new_state.stride(),
-            K=taps,
-            BLOCK_D=block_d,
-            BLOCK_K=block_k,
-            HAS_BIAS=bias is not None,
-            SILU=silu,
-            num_warps=WARPS,
-        )
+        ),
+    )
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(d_inner: int, taps: int, has_bias: bool, silu: bool) -> Launcher:
+    block_d, block_k = _blocks(d_inner, taps)
+    constants = {"K": taps, "BLOCK_D": block_d, "BLOCK_K": block_k, "HAS_BIAS": has_bias, "SILU": silu}
+    return Launcher(conv_step_kernel, constants | {"num_warps": WARPS})
 
 
 def aot_cases() -> list[AotCase]:

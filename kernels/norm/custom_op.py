@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssm_modal.kernels.custom_ops import goes_straight, register, without_none
+from ssm_modal.kernels.checks import recording
+from ssm_modal.kernels.custom_ops import eager, register, without_none
 from ssm_modal.kernels.norm.ref import residual_dtype
 
 torch.library.define(
@@ -21,26 +23,6 @@ torch.library.define(
     "bool norm_before_gate, ScalarType x_dtype, ScalarType? residual_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-
-
-def norm(
-    x: Tensor,
-    weight: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    eps: float,
-    norm_before_gate: bool,
-    residual_in_fp32: bool,
-    group_size: int | None,
-) -> tuple[Tensor, Tensor | None]:
-    """(out, sum with the residual or None) by Triton on checked arguments, differentiable."""
-    options = (eps, norm_before_gate, residual_in_fp32, group_size)
-    if goes_straight((x, weight, residual, gate)):
-        from ssm_modal.kernels.norm.triton_fwd import rms_norm_fwd
-
-        return rms_norm_fwd(x, weight, residual, gate, *options)[:2]
-    out, total, _ = torch.ops.ssm_modal.rms_norm_fwd(x, weight, residual, gate, *options)
-    return out, None if residual is None else total
 
 
 def _fwd(
@@ -125,6 +107,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dout, dtotal, torch.ops.ssm_modal.rms_norm_bwd)
+
+
+def _gradients(
+    ctx: Any, dout: Tensor | None, dtotal: Tensor | None, bwd: Callable[..., Sequence[Tensor | None]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the eight inputs of the forward, by `rms_norm_bwd` or its op."""
     if dout is None and dtotal is None:
         return (None,) * 8
     s, weight, gate, rstd = ctx.saved_tensors
@@ -135,9 +124,7 @@ def _backward(
         dtotal = None
     # Of one dtype, the gradients of x and residual are the same numbers: written once.
     apart = None if residual_dtype == x_dtype else residual_dtype
-    dx, dweight, dresidual, dgate = torch.ops.ssm_modal.rms_norm_bwd(
-        dout, dtotal, s, weight, gate, rstd, norm_before_gate, x_dtype, apart
-    )
+    dx, dweight, dresidual, dgate = bwd(dout, dtotal, s, weight, gate, rstd, norm_before_gate, x_dtype, apart)
     if residual_dtype == x_dtype:
         dresidual = dx
     return (
@@ -163,3 +150,51 @@ register(
     no_second="rms_norm has first derivatives only on backend 'triton': a second derivative was asked for "
     "(backward through a gradient taken with create_graph=True); use backend='torch' for that",
 )
+
+
+class _Norm(torch.autograd.Function):
+    """The norm of an eager call that records gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        from ssm_modal.kernels.norm.triton_fwd import rms_norm_fwd
+
+        x, weight, residual, gate, *options = inputs
+        out, total, rstd = rms_norm_fwd(x, weight, residual, gate, *options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if total is None else total, weight, gate, rstd)
+        ctx.options = (options[1], x.dtype, None if residual is None else residual.dtype)
+        return out, total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        from ssm_modal.kernels.norm.triton_bwd import rms_norm_bwd
+
+        dout, dtotal = upstream
+        if not torch.is_grad_enabled() and eager((dout, dtotal, *ctx.saved_tensors)):
+            return _gradients(ctx, dout, dtotal, rms_norm_bwd)
+        # The op refuses a second derivative, and is what a trace of the backward can hold.
+        return _gradients(ctx, dout, dtotal, torch.ops.ssm_modal.rms_norm_bwd)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    norm_before_gate: bool,
+    residual_in_fp32: bool,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, sum with the residual or None) by Triton on checked arguments, differentiable."""
+    options = (eps, norm_before_gate, residual_in_fp32, group_size)
+    given = (x, weight, residual, gate)
+    if eager(given):
+        if recording(given):
+            return _Norm.apply(*given, *options)
+        from ssm_modal.kernels.norm.triton_fwd import rms_norm_fwd
+
+        return rms_norm_fwd(*given, *options)[:2]
+    out, total, _ = torch.ops.ssm_modal.rms_norm_fwd(*given, *options)
+    return out, None if residual is None else total

@@ -10,15 +10,19 @@ from torch import Tensor
 
 from ssm_modal.kernels.checks import (
     FLOATING,
+    Passed,
     check_device,
     check_dtype,
     check_shape,
     check_tensor,
+    signature,
     state_dtype,
 )
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.norm.custom_op import norm
 from ssm_modal.kernels.norm.ref import rms_norm_ref
+
+_passed = Passed()
 
 
 @overload
@@ -98,7 +102,14 @@ def rms_norm(
         BackendError: the backend asked for cannot serve the call.
     """
     op = "rms_norm"
-    check_arguments(op, x, weight, residual, gate, eps, group_size)
+    seen = signature((x, weight, residual, gate))
+    if seen is not None:
+        # What cannot be in a set is checked; True, which equals 1, is no eps that passed.
+        plain = type(eps) is float and (group_size is None or type(group_size) is int)
+        seen = (*seen, eps, group_size) if plain else None
+    if seen not in _passed:
+        check_arguments(op, x, weight, residual, gate, eps, group_size)
+        _passed.add(seen)
     if resolve(op, x.device, x.dtype, backend) == "torch":
         if gate is None and group_size is None and x.dtype == state_dtype(x.dtype):
             # The same formula in one call: a short chunk of a stream has no more time than its calls take.

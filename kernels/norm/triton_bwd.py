@@ -8,6 +8,7 @@ gradient of the weight; the partial sums are added in a fixed order afterwards, 
 # Triton kernels are a language of their own, which mypy cannot read.
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -16,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
-from ssm_modal.kernels.norm.launch import AOT_SHAPES, backward_programs, norm_launch
+from ssm_modal.kernels.launching import Launcher
+from ssm_modal.kernels.norm.launch import AOT_SHAPES, NormLaunch, backward_programs, norm_launch
 from ssm_modal.kernels.norm.triton_common import aot_arguments, aot_config, as_rows, load
 from ssm_modal.kernels.triton_math import sigmoid, silu
 from ssm_modal.kernels.triton_sums import column_sums
@@ -204,8 +205,17 @@ def rms_norm_bwd(
     make = torch.empty if launch.one else torch.zeros
     partial = make(1 if weight is None else programs, 1, dim, dtype=torch.float32, device=s.device)
     if rows > 0:
-        with gpu_of(s):
-            norm_backward_kernel[(programs * groups,)](
+        launcher = _launcher(
+            launch,
+            weight is not None,
+            dresidual is not None,
+            dtotal is not None,
+            gate is not None and not norm_before_gate,
+            gate is not None and norm_before_gate,
+        )
+        launcher(
+            (programs * groups,),
+            (
                 dout2,
                 dtotal2,
                 s2,
@@ -216,26 +226,29 @@ def rms_norm_bwd(
                 dx if dresidual is None else dresidual,
                 dx if dgate is None else dgate,
                 partial,
-                dout2.stride(0),
-                dtotal2.stride(0),
-                s2.stride(0),
-                gate2.stride(0),
-                rows,
-                groups,
-                width,
-                ROWS=launch.rows,
-                BLOCK=launch.block,
-                ONE=launch.one,
-                WEIGHT=weight is not None,
-                RESIDUAL=dresidual is not None,
-                DTOTAL=dtotal is not None,
-                GATE_FIRST=gate is not None and not norm_before_gate,
-                GATE_LAST=gate is not None and norm_before_gate,
-                num_warps=launch.warps,
-            )
+            ),
+            (dout2.stride(0), dtotal2.stride(0), s2.stride(0), gate2.stride(0), rows, groups, width),
+        )
         if dweight is not None:
             column_sums(partial, dweight.unsqueeze(1))
     return dx, dweight, dresidual, dgate
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(
+    launch: NormLaunch, weight: bool, residual: bool, dtotal: bool, gate_first: bool, gate_last: bool
+) -> Launcher:
+    constants = {
+        "ROWS": launch.rows,
+        "BLOCK": launch.block,
+        "ONE": launch.one,
+        "WEIGHT": weight,
+        "RESIDUAL": residual,
+        "DTOTAL": dtotal,
+        "GATE_FIRST": gate_first,
+        "GATE_LAST": gate_last,
+    }
+    return Launcher(norm_backward_kernel, constants | {"num_warps": launch.warps})
 
 
 def aot_cases() -> list[AotCase]:

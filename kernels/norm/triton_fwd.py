@@ -4,6 +4,7 @@
 # Triton kernels are a language of their own, which mypy cannot read.
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -12,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
-from ssm_modal.kernels.norm.launch import AOT_SHAPES, norm_launch
+from ssm_modal.kernels.launching import Launcher
+from ssm_modal.kernels.norm.launch import AOT_SHAPES, NormLaunch, norm_launch
 from ssm_modal.kernels.norm.ref import residual_dtype
 from ssm_modal.kernels.norm.triton_common import aot_arguments, aot_config, as_rows, load
 from ssm_modal.kernels.triton_math import silu
@@ -142,8 +143,12 @@ def rms_norm_fwd(
     rstd = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     launch = norm_launch(width, False, gate is not None)
     if rows > 0:
-        with gpu_of(x):
-            norm_forward_kernel[(-(-rows * groups // launch.rows),)](
+        gate_first = gate is not None and not norm_before_gate
+        gate_last = gate is not None and norm_before_gate
+        launcher = _launcher(launch, weight is not None, residual is not None, gate_first, gate_last)
+        launcher(
+            (-(-rows * groups // launch.rows),),
+            (
                 x2,
                 x2 if weight is None else weight.contiguous(),
                 residual2,
@@ -151,23 +156,26 @@ def rms_norm_fwd(
                 out,
                 out if total is None else total,
                 rstd,
-                x2.stride(0),
-                residual2.stride(0),
-                gate2.stride(0),
-                rows * groups,
-                groups,
-                width,
-                eps,
-                ROWS=launch.rows,
-                BLOCK=launch.block,
-                ONE=launch.one,
-                WEIGHT=weight is not None,
-                RESIDUAL=residual is not None,
-                GATE_FIRST=gate is not None and not norm_before_gate,
-                GATE_LAST=gate is not None and norm_before_gate,
-                num_warps=launch.warps,
-            )
+            ),
+            (x2.stride(0), residual2.stride(0), gate2.stride(0), rows * groups, groups, width, float(eps)),
+        )
     return out, total, rstd
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(
+    launch: NormLaunch, weight: bool, residual: bool, gate_first: bool, gate_last: bool
+) -> Launcher:
+    constants = {
+        "ROWS": launch.rows,
+        "BLOCK": launch.block,
+        "ONE": launch.one,
+        "WEIGHT": weight,
+        "RESIDUAL": residual,
+        "GATE_FIRST": gate_first,
+        "GATE_LAST": gate_last,
+    }
+    return Launcher(norm_forward_kernel, constants | {"num_warps": launch.warps})
 
 
 def aot_cases() -> list[AotCase]:

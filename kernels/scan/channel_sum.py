@@ -12,7 +12,7 @@ exchanges every state over every distance. Here
    channels, lanes halve what they are responsible for over the remaining distances: each gives away one half
    of its registers and takes in the partner's share of the other half;
 3. each lane adds the sums it is left with to their places, without waiting for the result. In memory the
-   states of a lane stand together (`in_order` puts them back), so that it adds four at a time.
+   states of a lane stand together (`triton_totals.py` puts them back), so that it adds four at a time.
 
 Tensor cores cut their operands to 11 significant bits; SPLIT feeds what was cut off as well. Triton has no
 word for any of this, so it is PTX on the registers of the tile; under the interpreter, and on other makes of
@@ -30,7 +30,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ssm_modal.kernels.dispatch import interpreting
 from ssm_modal.kernels.scan.launch import padded_state
@@ -276,17 +275,6 @@ def sum_place(HELD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
         return tile * BLOCK_N + lane // BLOCK_D * R + i
 
 
-def in_order(sums: Tensor, block: int) -> Tensor:
-    """Sums (..., states) as they stand in memory, the states of a lane together, in the order of states.
-
-    block: channels of a tile.
-    """
-    share = WARP // block
-    if share == 1 or sums.shape[-1] <= share:
-        return sums
-    return sums.unflatten(-1, (share, -1)).transpose(-1, -2).flatten(-2)
-
-
 @triton.jit
 def add_channels(
     row,
@@ -308,8 +296,8 @@ def add_channels(
 ):
     """Add x and y [BLOCK_N, BLOCK_D], summed over d, to the numbers at `row` and at `row` + `plane`.
 
-    They stand there as `in_order` says. place: that of `sum_place`. Where HELD is 0 the sums are put into
-    shared memory at `shared`, for `flush_channels`.
+    They stand there with the states of a lane together. place: that of `sum_place`. Where HELD is 0 the sums
+    are put into shared memory at `shared`, for `flush_channels`.
     """
     if SUMS is None:
         Q: tl.constexpr = 32 // BLOCK_D

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_modal.kernels.checks import state_dtype
-from ssm_modal.kernels.custom_ops import goes_straight, register, without_none
+from ssm_modal.kernels.checks import recording, state_dtype
+from ssm_modal.kernels.custom_ops import eager, register, without_none
 from ssm_modal.kernels.scan import chunked
-from ssm_modal.kernels.sequences import Sequences, cached_sequences
+from ssm_modal.kernels.sequences import Sequences, cached_sequences, unpacked
 
 torch.library.define(
     "ssm_modal::selective_scan_fwd",
@@ -187,15 +187,25 @@ def _backward(
     softplus, lengths, reverse, backend = ctx.options
     if dout is None:
         dout = torch.zeros_like(u, memory_format=torch.contiguous_format)
-    grads = torch.ops.ssm_modal.selective_scan_bwd(
-        dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, cu_seqlens, lengths,
-        reverse, boundaries, backend,
-    )  # fmt: skip
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (
-        g if t is not None else None for g, t in zip(grads, given)
+    options = (cu_seqlens, lengths, reverse, boundaries, backend)
+    *grads, dinitial = _grads_by_op(dout, dfinal_state, given, softplus, options)
+    return (*grads, None, dinitial, None, None, None, None)
+
+
+def _grads_by_op(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    given: tuple[Tensor | None, ...],
+    softplus: bool,
+    options: tuple[Any, ...],
+) -> list[Tensor | None]:
+    """Of each of the nine tensors `given` the gradient by `selective_scan_bwd`, None where it is None."""
+    *lead, initial_state = given
+    grads = torch.ops.ssm_modal.selective_scan_bwd(
+        dout, dfinal_state, *lead, softplus, initial_state, *options
     )
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None, None, None
+    return [None if t is None else g for g, t in zip(grads, given)]
 
 
 register(
@@ -209,6 +219,41 @@ register(
     no_second="selective_scan has first derivatives only, but a second was asked for (backward through a "
     "gradient taken with create_graph=True); use selective_scan_ref for that",
 )
+
+
+class _Scan(torch.autograd.Function):
+    """The scan of an eager call that records gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *lead, softplus, initial_state, seqs, reverse, backend = inputs
+        fwd = backend_functions(backend)[0]
+        out, final, boundaries = fwd(*lead, softplus, initial_state, seqs, reverse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*lead, initial_state, boundaries)
+        ctx.options = (softplus, seqs, reverse, backend)
+        # Not a view, which could not be written in place.
+        return out, final.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        dout, dfinal_state = upstream
+        if dout is None and dfinal_state is None:
+            return (None,) * 13
+        *given, boundaries = ctx.saved_tensors
+        softplus, seqs, reverse, backend = ctx.options
+        if dout is None:
+            dout = torch.zeros_like(given[0], memory_format=torch.contiguous_format)
+        grads: Sequence[Tensor | None]
+        if not torch.is_grad_enabled() and eager((dout, dfinal_state, *given)):
+            *lead, initial_state = given
+            bwd = backend_functions(backend)[1]
+            grads = bwd(dout, dfinal_state, *lead, softplus, initial_state, seqs, reverse, boundaries)
+        else:
+            # The op refuses a second derivative, and is what a trace of the backward can hold.
+            options = (*unpacked(seqs), reverse, boundaries, backend)
+            grads = _grads_by_op(dout, dfinal_state, tuple(given), softplus, options)
+        return (*grads[:8], None, grads[8], None, None, None)
 
 
 def scan(
@@ -230,13 +275,14 @@ def scan(
 
     B, C: (batch, length, groups, d_state).
     """
-    if goes_straight((u, delta, A, B, C, D, z, delta_bias, initial_state)):
-        fwd = backend_functions(backend)[0]
-        out, final, _ = fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse)
+    lead = (u, delta, A, B, C, D, z, delta_bias)
+    given = (*lead, initial_state)
+    if eager(given):
+        if recording(given):
+            return _Scan.apply(*lead, delta_softplus, initial_state, seqs, reverse, backend)
+        out, final, _ = backend_functions(backend)[0](*lead, delta_softplus, initial_state, seqs, reverse)
         return out, final
-    cu_seqlens, lengths = (None, []) if seqs is None else (seqs.cu_seqlens, list(seqs.lengths))
     out, final, _ = torch.ops.ssm_modal.selective_scan_fwd(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, lengths, reverse,
-        backend,
-    )  # fmt: skip
+        *lead, delta_softplus, initial_state, *unpacked(seqs), reverse, backend
+    )
     return out, final

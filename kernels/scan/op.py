@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssm_modal.kernels.checks import (
     FLOATING,
+    Passed,
     check_d_state,
     check_dtype,
     check_flags,
@@ -22,9 +23,7 @@ from ssm_modal.kernels.sequences import Sequences, check_packing
 
 OP = "selective_scan"
 
-# Signatures of calls whose arguments passed every check.
-_passed: set[tuple[object, ...]] = set()
-_MOST_PASSED = 4096
+_passed = Passed()
 
 
 @overload
@@ -140,16 +139,14 @@ def selective_scan(
         BackendError: the backend asked for cannot serve this call.
     """
     check_flags(OP, delta_softplus=delta_softplus, reverse=reverse, return_final_state=return_final_state)
-    # What passed once passes again: checking takes longer than a short scan.
     seen = None if cu_seqlens is not None else signature((u, delta, A, B, C, D, z, delta_bias, initial_state))
     seqs: Sequences | None = None
-    if seen is not None and seen in _passed:
+    if seen in _passed:
         B = B if B.ndim == 4 else B.unsqueeze(2)
         C = C if C.ndim == 4 else C.unsqueeze(2)
     else:
         B, C, seqs = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-        if seen is not None and len(_passed) < _MOST_PASSED:
-            _passed.add(seen)
+        _passed.add(seen)
     chosen = resolve(OP, u.device, u.dtype, backend)
     # Nothing to compute, or one step at most: kernels need not know of empty axes.
     if u.numel() == 0:

@@ -18,9 +18,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ssm_modal.kernels.scan.staging import aligned
 from ssm_modal.kernels.scan.triton_common import load_row, row_offset
 from ssm_modal.kernels.triton_math import NVIDIA
 
@@ -52,11 +50,12 @@ def row_copies(dtype: torch.dtype, block: int, copied: bool) -> dict[str, object
     }
 
 
-def can_copy(block: int, group_channels: int, *rows: Tensor | None) -> bool:
-    """Whether every block of every row starts at a multiple of what is copied at a time."""
-    if not NVIDIA.value or group_channels % block:
-        return False
-    return all(x is None or aligned(x, min(16, block * x.element_size())) for x in rows)
+def can_copy(block: int, group_channels: int, itemsize: int, bits: int) -> bool:
+    """Whether every block of every row starts at a multiple of what is copied at a time.
+
+    bits: `row_bits` of all inputs that are copied.
+    """
+    return NVIDIA.value and not group_channels % block and not bits % min(16, block * itemsize)
 
 
 @triton.jit

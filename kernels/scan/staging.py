@@ -15,11 +15,11 @@ a channel. A staged row is stored so that the states of one lane stand together.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ssm_modal.kernels.scan.launch import padded_state
 from ssm_modal.kernels.scan.triton_common import row_offset
@@ -152,10 +152,10 @@ def bring_assembly(block_n: int, block: int, dtype: torch.dtype) -> tuple[str, i
     return "{ " + " ".join([*lines, "mov.u32 $0, 0;"]) + " }", numbers
 
 
-def can_bring(d_state: int, *rows: Tensor) -> bool:
-    """Whether the rows of B or C come whole in pieces of 16 aligned bytes."""
-    whole = padded_state(d_state) == d_state and d_state * rows[0].element_size() % 16 == 0
-    return NVIDIA.value and whole and all(aligned(x, 16) for x in rows)
+def can_bring(d_state: int, itemsize: int, bits: int) -> bool:
+    """Whether the rows of B or C come whole in pieces of 16 aligned bytes; bits: their `row_bits`."""
+    whole = padded_state(d_state) == d_state and d_state * itemsize % 16 == 0
+    return NVIDIA.value and whole and not bits % 16
 
 
 @functools.cache
@@ -165,12 +165,14 @@ def bringing(d_state: int, block: int, dtype: torch.dtype, brought: bool) -> dic
     return dict(zip(("BRING", "BROUGHT"), code))
 
 
-def aligned(x: Tensor, size: int) -> bool:
-    """Whether every row of `x` starts at a multiple of `size` bytes, a power of two."""
-    each, bits = x.element_size(), x.data_ptr()
-    for stride in x.stride()[:-1]:
-        bits |= stride * each
-    return not bits & (size - 1)
+def row_bits(address: int, strides: Sequence[int], itemsize: int) -> int:
+    """A number that a power of two divides where it divides the address of every row, in bytes.
+
+    address: of the first row, or what is left of it. strides: in elements, the last one of 1.
+    """
+    for stride in strides[:-1]:
+        address |= stride * itemsize
+    return address
 
 
 @triton.jit

@@ -22,12 +22,15 @@ own, and the buffers are added up in order.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
-import triton
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.scan.channel_sum import channel_sum, in_order, memory_states, sums_bytes
+from ssm_modal.kernels.launching import Launcher
+from ssm_modal.kernels.scan.channel_sum import channel_sum, memory_states, sums_bytes
 from ssm_modal.kernels.scan.chunk_kernels import chunk_grad_kernel
 from ssm_modal.kernels.scan.decays import decay
 from ssm_modal.kernels.scan.grad_kernels import grad_kernel
@@ -43,18 +46,16 @@ from ssm_modal.kernels.scan.launch import (
     shipped_launches,
 )
 from ssm_modal.kernels.scan.prefetch import DTYPES, can_copy, row_copies
-from ssm_modal.kernels.scan.staging import bringing, can_bring, shared_bytes, staging
+from ssm_modal.kernels.scan.staging import bringing, can_bring, row_bits, shared_bytes, staging
 from ssm_modal.kernels.scan.triton_common import (
     carry,
     last_contiguous,
-    on_its_device,
     wide_offsets,
 )
+from ssm_modal.kernels.scan.triton_totals import matrix_gradients, parameter_sums
 from ssm_modal.kernels.sequences import Sequences
-from ssm_modal.kernels.triton_sums import column_sums
 
 
-@on_its_device
 def selective_scan_bwd(
     dout: Tensor,
     dfinal_state: Tensor | None,
@@ -73,6 +74,9 @@ def selective_scan_bwd(
     boundaries: Tensor,
     *,
     launch: ScanLaunch | None = None,
+    y: Tensor | None = None,
+    dy: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]:
@@ -82,93 +86,61 @@ def selective_scan_bwd(
     None for zeros; boundaries: the third result of the forward. Returns du, ddelta, dA, dB, dC, dD, dz,
     ddelta_bias, dinitial_state, each contiguous, of its argument's shape and dtype, None where that argument
     was None.
+
+    y: contiguous, shape and dtype of u: what z gated, where that is not this scan's y alone. dy, likewise,
+    with y: becomes the gradient in y. added: likewise, without z: the du of another scan of the same u; that
+    of this one is added to it, and it is returned as du.
     """
-    batch, length, d_inner = u.shape
+    shape = batch, length, d_inner = u.shape
     groups, d_state = B.shape[2], B.shape[3]
-    rows = batch if seqs is None else seqs.n
-    if launch is None:
-        launch = scan_launch(batch, length, d_inner, groups, d_state, u.device, seqs)
-    chunk_size = launch.chunk_size
     exit_grad = None if dfinal_state is None else dfinal_state.transpose(1, 2).contiguous()
     if u.numel() == 0:
         dinitial = None
         if initial_state is not None:
             dinitial = (
-                initial_state.new_zeros(rows, d_inner, d_state)
+                initial_state.new_zeros(initial_state.shape)
                 if dfinal_state is None
                 else dfinal_state.clone().contiguous()
             )
         plain = [None if x is None else x.new_zeros(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias)]
         return (*plain, dinitial)  # type: ignore[return-value]
+    if launch is None and seqs is not None:
+        launch = scan_launch(batch, length, d_inner, groups, d_state, u.device, seqs)
 
-    dtype_b, dtype_c = B.dtype, C.dtype
     u, delta, dout, A = last_contiguous(u), last_contiguous(delta), last_contiguous(dout), A.t().contiguous()
-    z = None if z is None else last_contiguous(z)
+    B, C = last_contiguous(B), last_contiguous(C)
+    low = delta.data_ptr() | dout.data_ptr()
+    z_strides = None
+    if z is not None:
+        z = last_contiguous(z)
+        low |= z.data_ptr()
+        z_strides = z.stride()
+    for x in (y, dy, added):
+        low |= 0 if x is None else x.data_ptr()
     D = None if D is None else D.contiguous()
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
-    B, C = last_contiguous(B), last_contiguous(C)
-    chunks = boundaries.shape[0]
-    n_chunks = 0 if seqs is not None else chunks // batch
-    table = None if seqs is None else seqs.chunks(chunk_size)
+    device, dtype = u.device, u.dtype
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    plan = _plan(
+        launch, device, dtype, shape, groups, d_state, boundaries.shape[0], u.stride(), delta.stride(),
+        dout.stride(), B.stride(), C.stride(), z_strides, u.data_ptr() % 16, low % 16, B.data_ptr() % 16,
+        C.data_ptr() % 16, delta_softplus, seqs is not None, reverse, deterministic,
+        y is not None, added is not None,
+    )  # fmt: skip
+    launch, chunks = plan.launch, boundaries.shape[0]
+    table = None if seqs is None else seqs.chunks(launch.chunk_size)
     start, end = (None, None) if table is None else (table.start, table.end)
-    group_channels = d_inner // groups
-    z_strides = (0, 0) if z is None else (z.stride(0), z.stride(1))
-    rows_apart = [x.stride(1) for x in (u, delta, dout, B, C, u if z is None else z)]
-    rows_apart += [d_inner]
-    options = {
-        "SOFTPLUS": delta_softplus,
-        "PACKED": seqs is not None,
-        "REVERSE": reverse,
-        "WIDE": wide_offsets(chunk_size, *rows_apart),
-        "CHUNK": chunk_size,
-        "BLOCK_N": padded_state(d_state),
-        "FULL_N": padded_state(d_state) == d_state,
-    }
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=u.device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
     grads, sums = empty(chunks, d_state, d_inner), empty(chunks, d_inner)
-    blocks_per_group = triton.cdiv(group_channels, launch.fwd_block)
-    blocks = groups * blocks_per_group
-    chunk_grad_kernel[(chunks * blocks,)](
-        dout,
-        z,
-        delta,
-        A,
-        C,
-        delta_bias,
-        grads,
-        sums,
-        start,
-        end,
-        dout.stride(0),
-        dout.stride(1),
-        *z_strides,
-        delta.stride(0),
-        delta.stride(1),
-        C.stride(0),
-        C.stride(1),
-        C.stride(2),
-        length,
-        n_chunks,
-        d_inner,
-        d_state,
-        group_channels,
-        blocks_per_group,
-        blocks,
-        STEPS=launch.fwd_steps,
-        **staging(
-            d_state, chunk_size, launch.fwd_block, launch.fwd_steps, rows=3, row_bytes=u.element_size()
-        ),
-        **bringing(d_state, launch.fwd_block, C.dtype, can_bring(d_state, C)),
-        **row_copies(u.dtype, launch.fwd_block, can_copy(launch.fwd_block, group_channels, dout, delta, z)),
-        BLOCK_D=launch.fwd_block,
-        FULL_D=group_channels % launch.fwd_block == 0,
-        num_warps=1,
-        maxnreg=launch.fwd_registers,
-        **decay(d_state, launch.fwd_block, launch.polynomials),
-        **options,
+    dz = None if z is None else torch.empty(shape, dtype=dtype, device=device)
+    gated = None if y is None else dz
+    plan.chunk_grads(
+        plan.chunk_grid,
+        (dout, z, y, delta, A, C, delta_bias, grads, sums, dy, gated, start, end),
+        plan.chunk_numbers,
     )
     dinitial = carry(
         grads,
@@ -177,115 +149,195 @@ def selective_scan_bwd(
         exit_grad,
         batch=batch,
         seqs=seqs,
-        chunk_size=chunk_size,
+        chunk_size=launch.chunk_size,
         run_length=launch.run_length,
         descending=not reverse,
     )
 
-    du = torch.empty((batch, length, d_inner), dtype=u.dtype, device=u.device)
-    ddelta = torch.empty_like(du)
-    dz = None if z is None else torch.empty_like(du)
-    given = (D is not None) + (delta_bias is not None)
-    vectors = empty(chunks, given, d_inner)
-    dskip = None if D is None else vectors[:, 0]
-    dbias = None if delta_bias is None else vectors[:, -1]
-    blocks_per_group = triton.cdiv(group_channels, launch.block)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    blocks_per_split = triton.cdiv(blocks_per_group, launch.bwd_splits) if deterministic else 1
-    splits = triton.cdiv(blocks_per_group, blocks_per_split)
-    partials = splits if deterministic else 1
-    partial = torch.zeros(
-        (partials, batch, length, groups, 2, memory_states(padded_state(d_state))),
-        dtype=torch.float32,
-        device=u.device,
-    )
-    items = chunks * groups * splits
-    programs = min(items, launch.bwd_programs or gradient_programs(d_state, launch, u))
-    subs = triton.cdiv(min(chunk_size, length), launch.bwd_steps)
-    kept = kept_states(d_state, launch.block)
-    slots = subs if kept["KEPT"] else subs + launch.bwd_steps
-    scratch = empty(programs, slots, padded_state(d_state), launch.block)
-    grad_kernel[(programs,)](
-        dout,
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        boundaries,
-        grads,
-        scratch,
-        du,
-        ddelta,
-        partial,
-        dskip,
-        dz,
-        dbias,
-        start,
-        end,
-        dout.stride(0),
-        dout.stride(1),
-        u.stride(0),
-        u.stride(1),
-        delta.stride(0),
-        delta.stride(1),
-        B.stride(0),
-        B.stride(1),
-        B.stride(2),
-        C.stride(0),
-        C.stride(1),
-        C.stride(2),
-        *z_strides,
-        batch,
-        length,
-        n_chunks,
-        d_inner,
+    du = torch.empty(shape, dtype=dtype, device=device) if added is None else added
+    ddelta = torch.empty(shape, dtype=dtype, device=device)
+    # With dy the gradients know of no gate.
+    inner, gate, dgate = (dout, z, dz) if dy is None else (dy, None, None)
+    dskip = None if D is None else sums
+    dbias = None if delta_bias is None else empty(chunks, d_inner)
+    partial = torch.zeros(plan.sums_shape, dtype=torch.float32, device=device)
+    scratch = torch.empty(plan.scratch_shape, dtype=torch.float32, device=device)
+    plan.gradients(
+        plan.grid,
+        (
+            inner, u, delta, A, B, C, D, gate, delta_bias, boundaries, grads, added, scratch, du, ddelta,
+            partial, dskip, dgate, dbias, start, end,
+        ),
+        plan.numbers,
+    )  # fmt: skip
+    dA, dD, ddelta_bias = parameter_sums(grads, dskip, dbias)
+    dB, dC = matrix_gradients(partial, d_state, launch.block, dtype)
+    dinitial = None if initial_state is None else dinitial.transpose(1, 2).contiguous()
+    return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial
+
+
+class _Plan(NamedTuple):
+    """What a call's shapes, strides and alignment settle, of `chunk_grad_kernel` and of `grad_kernel`."""
+
+    launch: ScanLaunch
+    chunk_grads: Launcher
+    chunk_grid: tuple[int]
+    chunk_numbers: tuple[int, ...]
+    gradients: Launcher
+    grid: tuple[int]
+    numbers: tuple[int, ...]
+    sums_shape: tuple[int, ...]
+    """Of the sums for dB and dC."""
+    scratch_shape: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=512)
+def _plan(
+    launch: ScanLaunch | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    groups: int,
+    d_state: int,
+    chunks: int,
+    u: tuple[int, ...],
+    delta: tuple[int, ...],
+    dout: tuple[int, ...],
+    B: tuple[int, ...],
+    C: tuple[int, ...],
+    z: tuple[int, ...] | None,
+    low_u: int,
+    low: int,
+    low_B: int,
+    low_C: int,
+    softplus: bool,
+    packed: bool,
+    reverse: bool,
+    deterministic: bool,
+    gated: bool,
+    added: bool,
+) -> _Plan:
+    """u, delta, dout, B, C, z: strides. low_u, low_B, low_C: the low bits of their addresses; low: those of
+    all else that is copied by rows together. launch: None for the table's. gated: y is given."""
+    batch, length, d_inner = shape
+    if launch is None:
+        launch = scan_launch(batch, length, d_inner, groups, d_state, device)
+    n_chunks = 0 if packed else chunks // batch
+    group_channels = d_inner // groups
+    z_strides = (0, 0) if z is None else z[:2]
+    size = dtype.itemsize
+    low_u = row_bits(low_u, u, size)
+    whole = (length * d_inner, d_inner, 1)
+    for strides in (delta, dout, z, whole if gated or added else None):
+        low |= 0 if strides is None else row_bits(0, strides, size)
+    low_B, low_C = row_bits(low_B, B, size), row_bits(low_C, C, size)
+    wide = wide_offsets(launch.chunk_size, u[1], delta[1], dout[1], B[1], C[1], z_strides[1], d_inner)
+    kept = bool(kept_states(d_state, launch.block)["KEPT"])
+    chunk_grads, gradients = _launchers(
+        launch,
         d_state,
-        groups,
+        dtype,
         group_channels,
-        blocks_per_group,
-        blocks_per_split,
-        splits,
-        partials,
-        subs,
-        items,
-        programs,
-        STEPS=launch.bwd_steps,
-        **gradient_staging(d_state, launch, u.dtype),
-        **bringing(d_state, launch.block, B.dtype, can_bring(d_state, B, C)),
-        **row_copies(u.dtype, launch.block, can_copy(launch.block, group_channels, u, delta, dout, z)),
-        **kept,
-        **channel_sum(d_state, launch.block, launch.bwd_steps, u.dtype, adds_vectors(u.device)),
-        BLOCK_D=launch.block,
-        FULL_D=group_channels % launch.block == 0,
-        num_warps=1,
-        maxnreg=launch.bwd_registers,
-        **options,
+        softplus,
+        packed,
+        reverse,
+        wide,
+        can_bring(d_state, size, low_C),
+        can_copy(launch.fwd_block, group_channels, size, low),
+        can_bring(d_state, size, low_B | low_C),
+        can_copy(launch.block, group_channels, size, low | low_u),
+        adds_vectors(device),
+        gated,
     )
-    both = partial[0] if partials == 1 else partial.sum(0)
-    both = in_order(both[..., : padded_state(d_state)], launch.block)[..., :d_state]
-    dA, dD, ddelta_bias = empty(d_inner, d_state), None, None
-    column_sums(grads, dA, None)
-    if D is not None:
-        dD = empty(d_inner)
-    if delta_bias is not None:
-        ddelta_bias = empty(d_inner)
-    if given:
-        column_sums(vectors, (ddelta_bias if dD is None else dD)[:, None], ddelta_bias if given == 2 else None)
-    return (
-        du,
-        ddelta,
-        dA,
-        both[..., 0, :].to(dtype_b).contiguous(),
-        both[..., 1, :].to(dtype_c).contiguous(),
-        dD,
-        dz,
-        ddelta_bias,
-        None if initial_state is None else dinitial.transpose(1, 2).contiguous(),
-    )
+    # What the gradients take for dout and the gate.
+    inner, gate = (whole, (0, 0)) if gated else (dout, z_strides)
+    chunk_per_group = -(-group_channels // launch.fwd_block)
+    chunk_blocks = groups * chunk_per_group
+    blocks_per_group = -(-group_channels // launch.block)
+    blocks_per_split = -(-blocks_per_group // launch.bwd_splits) if deterministic else 1
+    splits = -(-blocks_per_group // blocks_per_split)
+    partials = splits if deterministic else 1
+    items = chunks * groups * splits
+    programs = min(items, launch.bwd_programs or gradient_programs(d_state, launch, dtype, device))
+    subs = -(-min(launch.chunk_size, length) // launch.bwd_steps)
+    slots = subs if kept else subs + launch.bwd_steps
+    return _Plan(
+        launch,
+        chunk_grads,
+        (chunks * chunk_blocks,),
+        (
+            *dout[:2], *z_strides, *delta[:2], *C[:3], length, n_chunks, d_inner, d_state, group_channels,
+            chunk_per_group, chunk_blocks,
+        ),
+        gradients,
+        (programs,),
+        (
+            *inner[:2], *u[:2], *delta[:2], *B[:3], *C[:3], *gate, batch, length, n_chunks, d_inner,
+            d_state, groups, group_channels, blocks_per_group, blocks_per_split, splits, partials, subs,
+            items, programs,
+        ),
+        (partials, batch, length, groups, 2, memory_states(padded_state(d_state))),
+        (programs, slots, padded_state(d_state), launch.block),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=512)
+def _launchers(
+    launch: ScanLaunch,
+    d_state: int,
+    dtype: torch.dtype,
+    group_channels: int,
+    softplus: bool,
+    packed: bool,
+    reverse: bool,
+    wide: bool,
+    chunk_brought: bool,
+    chunk_copied: bool,
+    brought: bool,
+    copied: bool,
+    vectors: bool,
+    gated: bool,
+) -> tuple[Launcher, Launcher]:
+    """`chunk_grad_kernel` and `grad_kernel` with their constants."""
+    both = {
+        "SOFTPLUS": softplus,
+        "PACKED": packed,
+        "REVERSE": reverse,
+        "WIDE": wide,
+        "CHUNK": launch.chunk_size,
+        "BLOCK_N": padded_state(d_state),
+        "FULL_N": padded_state(d_state) == d_state,
+        "num_warps": 1,
+    }
+    chunk = {
+        "STEPS": launch.fwd_steps,
+        **staging(
+            d_state,
+            launch.chunk_size,
+            launch.fwd_block,
+            launch.fwd_steps,
+            rows=4 if gated else 3,
+            row_bytes=dtype.itemsize,
+        ),
+        **bringing(d_state, launch.fwd_block, dtype, chunk_brought),
+        **row_copies(dtype, launch.fwd_block, chunk_copied),
+        **decay(d_state, launch.fwd_block, launch.polynomials),
+        "BLOCK_D": launch.fwd_block,
+        "FULL_D": group_channels % launch.fwd_block == 0,
+        "maxnreg": launch.fwd_registers,
+    }
+    gradients = {
+        "STEPS": launch.bwd_steps,
+        **gradient_staging(d_state, launch, dtype),
+        **bringing(d_state, launch.block, dtype, brought),
+        **row_copies(dtype, launch.block, copied),
+        **kept_states(d_state, launch.block),
+        **channel_sum(d_state, launch.block, launch.bwd_steps, dtype, vectors),
+        "BLOCK_D": launch.block,
+        "FULL_D": group_channels % launch.block == 0,
+        "maxnreg": launch.bwd_registers,
+    }
+    return Launcher(chunk_grad_kernel, both | chunk), Launcher(grad_kernel, both | gradients)
 
 
 def gradient_stage(d_state: int) -> int:
@@ -327,15 +379,15 @@ def gradient_bytes(d_state: int, launch: ScanLaunch, dtype: torch.dtype) -> int:
     )
 
 
-def gradient_programs(d_state: int, launch: ScanLaunch, u: Tensor) -> int:
+def gradient_programs(d_state: int, launch: ScanLaunch, dtype: torch.dtype, device: torch.device) -> int:
     """Programs of the gradient kernel that run at a time."""
-    shared = gradient_bytes(d_state, launch, u.dtype)
-    at_a_time = resident(launch.bwd_registers, shared, shared_memory(u.device))
-    return multiprocessors(u.device) * at_a_time
+    shared = gradient_bytes(d_state, launch, dtype)
+    at_a_time = resident(launch.bwd_registers, shared, shared_memory(device))
+    return multiprocessors(device) * at_a_time
 
 
-def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table in bf16; at d_state 16 more."""
+def aot_cases(gated: bool = False) -> list[AotCase]:
+    """Both kernels at every row of the table in bf16; at d_state 16 more. gated: the first has room for y."""
     cases = []
     for d_state, launch in shipped_launches():
         if launch.serial:
@@ -374,7 +426,7 @@ def aot_cases() -> list[AotCase]:
                     launch.chunk_size,
                     launch.fwd_block,
                     launch.fwd_steps,
-                    rows=3,
+                    rows=4 if gated else 3,
                     row_bytes=DTYPES[dtype].itemsize,
                 ),
                 **bringing(
@@ -391,6 +443,7 @@ def aot_cases() -> list[AotCase]:
                 "FULL_N": True,
             }
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
+            args |= dict.fromkeys(("y_ptr", "dy_ptr", "dz_ptr", "added_ptr"))
             own = {p.name: args[p.name] for p in chunk_grad_kernel.params}
             cases.append(
                 AotCase(

@@ -16,8 +16,6 @@ i`; packed sequences bring a table. Tables of states are (chunks, d_state, d_inn
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -25,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
 from ssm_modal.kernels.dispatch import interpreting
+from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.sequences import Sequences
 from ssm_modal.kernels.triton_math import NVIDIA, softplus
 
@@ -49,6 +47,25 @@ def trips(n):
         return n.handle.data.item()
     else:
         return n
+
+
+@triton.jit
+def again(x):
+    """x (int32), of which the compiler does not know that it has seen it before: each lane asks itself.
+
+    What is computed from it is computed again; kept from the first time it would take registers.
+    """
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;",
+            "=r,r",
+            [x],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return x
 
 
 @triton.jit
@@ -75,25 +92,6 @@ def time_step(raw, bias, valid, SOFTPLUS: tl.constexpr):
     if SOFTPLUS:
         x = softplus(x)
     return tl.where(valid, x, 0.0)
-
-
-@triton.jit
-def again(x):
-    """x (int32), of which the compiler does not know that it has seen it before: each lane asks itself.
-
-    What is computed from it is computed again; kept from the first time it would take registers.
-    """
-    if NVIDIA:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;",
-            "=r,r",
-            [x],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return x
 
 
 @triton.jit
@@ -262,6 +260,12 @@ def carry_kernel(
         tl.store(run_sums_ptr + run * d_inner + d, total, mask=mask & (n == 0))
 
 
+@functools.cache
+def _carry_launcher(packed: bool, descending: bool, write: bool, fours: bool) -> Launcher:
+    constants = {"PACKED": packed, "DESCENDING": descending, "WRITE": write, "FOURS": fours}
+    return Launcher(carry_kernel, constants | {"BLOCK": CARRY_BLOCK, "DEPTH": CARRY_DEPTH, "num_warps": 1})
+
+
 def carry(
     states: Tensor,
     sums: Tensor,
@@ -296,29 +300,11 @@ def carry(
     def launch(states, sums, entry, last, run_sums, runs, lo, hi, n_chunks, runs_per_row, run_length, write):
         if runs == 0 or d_inner == 0:
             return
-        tiles = d_state * triton.cdiv(d_inner, CARRY_BLOCK)
-        carry_kernel[(runs * tiles,)](
-            states,
-            sums,
-            A,
-            entry,
-            last,
-            run_sums,
-            lo,
-            hi,
-            n_chunks,
-            runs_per_row,
-            run_length,
-            d_inner,
-            d_state,
-            tiles,
-            PACKED=seqs is not None,
-            DESCENDING=descending,
-            WRITE=write,
-            FOURS=d_inner % 4 == 0,
-            BLOCK=CARRY_BLOCK,
-            DEPTH=CARRY_DEPTH,
-            num_warps=1,
+        tiles = d_state * -(-d_inner // CARRY_BLOCK)
+        _carry_launcher(seqs is not None, descending, write, d_inner % 4 == 0)(
+            (runs * tiles,),
+            (states, sums, A, entry, last, run_sums, lo, hi),
+            (n_chunks, runs_per_row, run_length, d_inner, d_state, tiles),
         )
 
     first = (None, None) if table is None else (table.first[:-1], table.first[1:])
@@ -347,21 +333,6 @@ def carry(
 def wide_offsets(chunk_size: int, *row_strides: int) -> bool:
     """Whether an offset inside one chunk may need more than 32 bits."""
     return (chunk_size + 4) * max(abs(stride) for stride in row_strides) >= 2**31 - 2**22
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` with the GPU of its first argument current: Triton launches on the current one."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with gpu_of(args[0]):
-            return function(*args, **kwargs)
-
-    return run
 
 
 def last_contiguous(x: Tensor) -> Tensor:

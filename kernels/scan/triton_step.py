@@ -17,11 +17,39 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
-from ssm_modal.kernels.devices import gpu_of
-from ssm_modal.kernels.triton_math import LOG2E, silu, softplus
+from ssm_modal.kernels.launching import Launcher
+from ssm_modal.kernels.triton_math import LOG2E, NVIDIA, silu, softplus
 
 # States of one program: few, so that one row of a small model still spreads over many multiprocessors.
 TILE, WARPS = 512, 4
+
+
+@triton.jit
+def _store_row(place, y, mask, BYTES: tl.constexpr):
+    """`tl.store` by the lanes that hold y, several of which may hold the same number.
+
+    Triton would first bring y to lanes one by one, through shared memory.
+    """
+    if not NVIDIA:
+        tl.store(place, y, mask=mask)
+    elif BYTES == 2:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.b16 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,h,r",
+            [place.to(tl.int64, bitcast=True), y.to(tl.int16, bitcast=True), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r,r",
+            [place.to(tl.int64, bitcast=True), y.to(tl.int32, bitcast=True), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit(do_not_specialize=["u_stride", "delta_stride", "z_stride", "B_stride_b", "C_stride_b"])
@@ -98,12 +126,12 @@ def scan_step_kernel(
         y += tl.load(D + d, mask=d_mask, other=0.0) * x
     if HAS_Z:
         y *= silu(tl.load(z + row * z_stride + d, mask=d_mask, other=0.0).to(tl.float32))
-    tl.store(out + row * d_inner + d, y.to(out.dtype.element_ty), mask=d_mask)
+    BYTES: tl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
+    _store_row(out + row * d_inner + d, y.to(out.dtype.element_ty), d_mask, BYTES)
     at = row * w_stride_b + wide_d[:, None] * w_stride_d + n[None, :].to(tl.int64) * w_stride_n
     tl.store(new_state + at, h, mask=mask)
 
 
-@functools.lru_cache(maxsize=256)
 def _blocks(d_inner: int, d_state: int) -> tuple[int, int]:
     """(channels, padded states) of a program."""
     block_n = 1 << (d_state - 1).bit_length()
@@ -139,9 +167,12 @@ def selective_scan_step_triton(
         return out
     u, delta = _row(u), _row(delta)
     z = None if z is None else _row(z)
-    block_d, block_n = _blocks(d_inner, d_state)
-    with gpu_of(u):
-        scan_step_kernel[(batch * -(-d_inner // block_d),)](
+    launcher = _launcher(
+        d_inner, d_state, D is not None, z is not None, delta_bias is not None, delta_softplus, groups == 1
+    )
+    launcher(
+        (batch * -(-d_inner // launcher.constants["BLOCK_D"]),),
+        (
             u,
             delta,
             A,
@@ -153,6 +184,8 @@ def selective_scan_step_triton(
             state,
             out,
             new_state,
+        ),
+        (
             d_inner,
             d_state,
             d_inner // groups,
@@ -164,16 +197,26 @@ def selective_scan_step_triton(
             *C.stride(),
             *state.stride(),
             *new_state.stride(),
-            BLOCK_D=block_d,
-            BLOCK_N=block_n,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
-            HAS_BIAS=delta_bias is not None,
-            SOFTPLUS=delta_softplus,
-            ONE_GROUP=groups == 1,
-            num_warps=WARPS,
-        )
+        ),
+    )
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(
+    d_inner: int, d_state: int, has_D: bool, has_z: bool, has_bias: bool, softplus: bool, one_group: bool
+) -> Launcher:
+    block_d, block_n = _blocks(d_inner, d_state)
+    constants = {
+        "BLOCK_D": block_d,
+        "BLOCK_N": block_n,
+        "HAS_D": has_D,
+        "HAS_Z": has_z,
+        "HAS_BIAS": has_bias,
+        "SOFTPLUS": softplus,
+        "ONE_GROUP": one_group,
+    }
+    return Launcher(scan_step_kernel, constants | {"num_warps": WARPS})
 
 
 def aot_cases() -> list[AotCase]:

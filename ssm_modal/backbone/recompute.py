@@ -67,15 +67,33 @@ def refuse_second_derivatives(what: str) -> None:
 class Surroundings:
     """Autocast and context variables as they are where this object is made, for work on `device`.
 
-    `run` calls a function under them from any thread. Autocast's cache of cast weights stays off inside: what
-    it keeps from a pass without gradients must not serve one with them.
+    `run` calls a function under them from any thread. There autocast keeps no cast weights, but inside
+    `casts_kept`: what it keeps from a pass without gradients must not serve one with them.
     """
 
     def __init__(self, device: torch.device) -> None:
         types = dict.fromkeys((device.type, "cpu"))
         self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
         self._variables = contextvars.copy_context()
+        self._keep_casts = False
         self.device = device
+
+    @contextmanager
+    def casts_kept(self) -> Iterator[None]:
+        """Inside, `run` casts each weight once and not in every call; all of these record gradients, or none
+        does, and no weight changes."""
+        torch.clear_autocast_cache()
+        self._keep_casts = True
+        try:
+            # Autocast's cache lives as long as the outermost autocast: this one, which changes nothing else.
+            kind = self.device.type
+            with torch.autocast(
+                kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+            ):
+                yield
+        finally:
+            self._keep_casts = False
+            torch.clear_autocast_cache()
 
     @property
     def narrow(self) -> bool:
@@ -91,7 +109,7 @@ class Surroundings:
                 stack.enter_context(torch.set_grad_enabled(grad))
                 for kind, enabled, dtype in self._autocast:
                     stack.enter_context(
-                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._keep_casts)
                     )
                 return function(*arguments)
 

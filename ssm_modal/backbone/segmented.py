@@ -206,15 +206,16 @@ class _Plan:
         sums: tuple[Tensor, ...] = ()
         state: Any = None
 
-        for k in range(len(self.cuts)):
-            if keep:
-                leaves, spec = ([], None) if state is None else pytree.tree_flatten(state)
-                kept.append(_Kept(tuple(leaves), spec, RandomState.of(self.device)))
-            if outputs or k + 1 < len(self.cuts):
-                segment = self.segment(k, inputs)
-                outs, state = self.surroundings.run(self.run, k, segment, state, outputs, grad=False)
-                state = None if state is None else pytree.tree_map(_compact, state)
-                sums = _added(sums, outs)
+        with self.surroundings.casts_kept():
+            for k in range(len(self.cuts)):
+                if keep:
+                    leaves, spec = ([], None) if state is None else pytree.tree_flatten(state)
+                    kept.append(_Kept(tuple(leaves), spec, RandomState.of(self.device)))
+                if outputs or k + 1 < len(self.cuts):
+                    segment = self.segment(k, inputs)
+                    outs, state = self.surroundings.run(self.run, k, segment, state, outputs, grad=False)
+                    state = None if state is None else pytree.tree_map(_compact, state)
+                    sums = _added(sums, outs)
         return kept, sums
 
     def second_pass(
@@ -234,40 +235,43 @@ class _Plan:
         dstate: list[Tensor | None] = []
         sums: tuple[Tensor, ...] = ()
         after = None if douts is None else RandomState.of(self.device)
-        for k in reversed(range(len(self.cuts))):
-            entering = kept.pop()
-            entering.random.restore(self.device)
-            leaves = [_fresh(t, True) for t in entering.leaves]
-            segment = self.segment(k, [x.detach() for x in inputs])
-            own = tuple(_fresh(x, n) for x, n in zip(segment.inputs, needed))
-            segment = Segment(segment.start, segment.end, own, segment.seqs)
+        with self.surroundings.casts_kept():
+            for k in reversed(range(len(self.cuts))):
+                entering = kept.pop()
+                entering.random.restore(self.device)
+                leaves = [_fresh(t, True) for t in entering.leaves]
+                segment = self.segment(k, [x.detach() for x in inputs])
+                own = tuple(_fresh(x, n) for x, n in zip(segment.inputs, needed))
+                segment = Segment(segment.start, segment.end, own, segment.seqs)
 
-            outs, state = self.surroundings.run(self.run, k, segment, entering.state(leaves), True, grad=True)
-            leaving = [] if state is None else pytree.tree_leaves(state)
-            given = [torch.ones_like(o) for o in outs] if douts is None else list(douts)
-            pairs = [(o, d) for o, d in zip([*outs, *leaving], [*given, *dstate])]
-            pairs = [(o, d) for o, d in pairs if d is not None and _is_tensor(o) and o.requires_grad]
-            targets = [t for t in (*own, *leaves) if t.requires_grad]
-            found: dict[int, Tensor | None] = {}
-            if pairs:
-                with hooks_held(self.parameters):
-                    results = torch.autograd.grad(
-                        [o for o, _ in pairs],
-                        [*self.parameters, *targets],
-                        [d for _, d in pairs],
-                        allow_unused=True,
-                    )
-                total.add(results[: len(self.parameters)])
-                found = {id(t): g for t, g in zip(targets, results[len(self.parameters) :])}
-            for whole, part in zip(dinputs, own):
-                g = found.get(id(part))
-                if whole is not None and g is not None:
-                    whole[:, segment.start : segment.end] = g
-            dstate = [found.get(id(t)) for t in leaves]
-            sums = _added(tuple(o.detach() for o in outs), sums)
-            if after is None:
-                after = RandomState.of(self.device)  # as after one pass over the whole
-            del outs, leaving, state, pairs, found  # the graph, before the next one is made
+                outs, state = self.surroundings.run(
+                    self.run, k, segment, entering.state(leaves), True, grad=True
+                )
+                leaving = [] if state is None else pytree.tree_leaves(state)
+                given = [torch.ones_like(o) for o in outs] if douts is None else list(douts)
+                pairs = [(o, d) for o, d in zip([*outs, *leaving], [*given, *dstate])]
+                pairs = [(o, d) for o, d in pairs if d is not None and _is_tensor(o) and o.requires_grad]
+                targets = [t for t in (*own, *leaves) if t.requires_grad]
+                found: dict[int, Tensor | None] = {}
+                if pairs:
+                    with hooks_held(self.parameters):
+                        results = torch.autograd.grad(
+                            [o for o, _ in pairs],
+                            [*self.parameters, *targets],
+                            [d for _, d in pairs],
+                            allow_unused=True,
+                        )
+                    total.add(results[: len(self.parameters)])
+                    found = {id(t): g for t, g in zip(targets, results[len(self.parameters) :])}
+                for whole, part in zip(dinputs, own):
+                    g = found.get(id(part))
+                    if whole is not None and g is not None:
+                        whole[:, segment.start : segment.end] = g
+                dstate = [found.get(id(t)) for t in leaves]
+                sums = _added(tuple(o.detach() for o in outs), sums)
+                if after is None:
+                    after = RandomState.of(self.device)  # as after one pass over the whole
+                del outs, leaving, state, pairs, found  # the graph, before the next one is made
         assert after is not None
         after.restore(self.device)
         return sums, dinputs, total.sums

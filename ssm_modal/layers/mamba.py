@@ -21,6 +21,8 @@ from ssm_modal.kernels.conv import causal_conv1d, causal_conv1d_step, causal_con
 from ssm_modal.kernels.norm import rms_norm
 from ssm_modal.kernels.scan import (
     RowCarry,
+    ScanDirection,
+    bidirectional_scan,
     selective_scan,
     selective_scan_row,
     selective_scan_step,
@@ -176,17 +178,16 @@ class Mamba(Mixer, WideParameters):
             reverse=reverse,
             return_final_state=True,
         )
-        delta, B, C = self._select(u)
-        wide = state_dtype(u.dtype)
+        wide, own = state_dtype(u.dtype), self._direction(u)
         y, ssm = selective_scan(
             u,
-            delta,
-            self._A(wide),
-            B,
-            C,
-            D=self.D.to(wide),
+            own.delta,
+            own.A,
+            own.B,
+            own.C,
+            D=own.D,
             z=z,
-            delta_bias=self.dt_bias.to(wide),
+            delta_bias=own.delta_bias,
             delta_softplus=True,
             initial_state=None if state is None else state.ssm.to(wide),
             cu_seqlens=seqs,
@@ -194,6 +195,35 @@ class Mamba(Mixer, WideParameters):
             return_final_state=True,
         )
         return y, MambaState(conv, ssm) if return_state else None
+
+    def mix_both(self, other: Mamba, projected: Tensor, *, seqs: Sequences | None = None) -> Tensor:
+        u, z = projected.chunk(2, dim=-1)
+        ahead, back = (
+            causal_conv1d(
+                u,
+                layer.conv1d.weight.squeeze(1),
+                layer.conv1d.bias,
+                activation="silu",
+                cu_seqlens=seqs,
+                reverse=reverse,
+            )
+            for layer, reverse in ((self, False), (other, True))
+        )
+        return bidirectional_scan(
+            ahead,
+            self._direction(ahead),
+            other._direction(back),
+            u_backwards=back,
+            z=z,
+            delta_softplus=True,
+            cu_seqlens=seqs,
+        )
+
+    def _direction(self, u: Tensor) -> ScanDirection:
+        """What the scan of u takes beside u and the gate."""
+        delta, B, C = self._select(u)
+        wide = state_dtype(u.dtype)
+        return ScanDirection(delta, self._A(wide), B, C, self.D.to(wide), self.dt_bias.to(wide))
 
     @torch.no_grad()
     def attention_row(

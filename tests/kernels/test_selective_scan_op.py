@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssm_modal.kernels import BackendError, Sequences, selective_scan, selective_scan_ref, selective_scan_step
+from ssm_modal.kernels.checks import Passed
 from ssm_modal.kernels.scan import custom_op
 from tests.kernels.laws import Place, leaves, places, skip_unless_served, values_and_gradients
 from tests.kernels.test_selective_scan import Case
@@ -258,7 +259,7 @@ def test_arguments_that_passed_are_not_checked_again(monkeypatch: pytest.MonkeyP
     """The same shapes, dtypes and devices pass; anything else is checked, whatever passed before."""
     from ssm_modal.kernels.scan import op
 
-    monkeypatch.setattr(op, "_passed", set())
+    monkeypatch.setattr(op, "_passed", Passed())
     checked = []
     whole = op.check_scan
     monkeypatch.setattr(op, "check_scan", lambda *a: checked.append(a) or whole(*a))

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from ssm_modal.kernels.scan.keeping import keep_assembly
 from ssm_modal.kernels.scan.launch import resident, shipped_launches
 from ssm_modal.kernels.scan.prefetch import can_copy, row_copies
-from ssm_modal.kernels.scan.staging import aligned, bring_assembly, read_assembly, stage_steps
+from ssm_modal.kernels.scan.staging import bring_assembly, read_assembly, row_bits, stage_steps
 from ssm_modal.kernels.scan.triton_bwd import gradient_bytes, gradient_stage
 from tests.kernels.test_aot import run_without_interpreter
 
@@ -136,17 +136,23 @@ def test_programs_by_registers_and_shared_memory() -> None:
 def test_rows_are_copied_where_they_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     from ssm_modal.kernels.scan import prefetch
 
+    def bits(*rows: torch.Tensor) -> int:
+        found = 0
+        for x in rows:
+            found |= row_bits(x.data_ptr(), x.stride(), x.element_size())
+        return found
+
     wide = torch.zeros(2, 9, 264, dtype=torch.bfloat16)
-    assert aligned(wide[..., 8:], 16)
-    assert not aligned(wide[..., 4:], 16)
-    assert not aligned(torch.zeros(2, 9, 260, dtype=torch.bfloat16), 16)
+    assert bits(wide[..., 8:]) % 16 == 0
+    assert bits(wide[..., 4:]) % 16 == 8
+    assert bits(torch.zeros(2, 9, 260, dtype=torch.bfloat16)) % 16 == 8
     monkeypatch.setattr(prefetch, "NVIDIA", type("Flag", (), {"value": True}))
     rows = wide[..., :256]
-    assert can_copy(32, 256, rows, None)
-    assert not can_copy(32, 250, rows)
-    assert not can_copy(32, 256, rows, wide[..., 4:260])
+    assert can_copy(32, 256, 2, bits(rows))
+    assert not can_copy(32, 250, 2, bits(rows))
+    assert not can_copy(32, 256, 2, bits(rows, wide[..., 4:260]))
     # A narrow block is copied by less than 16 bytes and asks for less.
-    assert can_copy(4, 256, wide[..., 4:260])
+    assert can_copy(4, 256, 2, bits(wide[..., 4:260]))
     assert row_copies(torch.bfloat16, 4, True)["ROW_PIECE"] == 4
     assert row_copies(torch.float32, 32, True)["ROW_PIECE"] == 4
     assert row_copies(torch.float32, 32, False)["ROW_READ"] is None
@@ -180,3 +186,21 @@ def test_every_place_in_shared_memory_is_one_lanes() -> None:
     # Three kernels, two copies of two and of four rows, step sizes twice, and tiles.
     assert found.count("cp.async.c") >= 3 * 14
     assert found.count("st.shared") >= 3 * 3
+
+
+STEP = """
+from ssm_modal.kernels.aot import compile_case
+from ssm_modal.kernels.scan.triton_step import aot_cases
+
+for case in aot_cases():
+    if case.args["d_state"] <= 16:
+        print(case.config, compile_case(case).metadata.shared, sep=": ")
+"""
+
+
+@pytest.mark.slow
+def test_a_step_goes_without_shared_memory() -> None:
+    """Lanes that share a channel hold its output all of them: none of them may hand it on through there."""
+    done = run_without_interpreter(STEP, 280)
+    assert done.returncode == 0, done.stderr
+    assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == ["0"] * 6

@@ -59,3 +59,46 @@ def test_column_sums(device: torch.device, rows: int, planes: int, width: int, l
     assert torch.equal(main, sums[: planes - last].t())
     if end is not None:
         assert torch.equal(end, sums[-1].half())
+
+
+@pytest.mark.parametrize(
+    ("chunks", "d_state", "d_inner", "given"),
+    [
+        (1, 1, 1, (True, True)),
+        (5, 3, 33, (True, False)),
+        (130, 2, 4, (False, True)),
+        (7, 4, 5, (False, False)),
+    ],
+)
+def test_parameter_sums(
+    device: torch.device, chunks: int, d_state: int, d_inner: int, given: tuple[bool, bool]
+) -> None:
+    from ssm_modal.kernels.scan.triton_totals import parameter_sums
+
+    grads = torch.randn(chunks, d_state, d_inner, device=device)
+    rows = [torch.randn(chunks, d_inner, device=device) if there else None for there in given]
+    dA, *others = parameter_sums(grads, *rows)
+    assert dA.is_contiguous()
+    torch.testing.assert_close(dA, grads.double().sum(0).t().float(), rtol=1e-5, atol=1e-5)
+    for found, row in zip(others, rows):
+        assert (found is None) == (row is None)
+        if found is not None and row is not None:
+            torch.testing.assert_close(found, row.double().sum(0).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("d_state", "block", "partials"),
+    [(1, 32, 1), (3, 32, 2), (16, 32, 1), (32, 16, 1), (20, 16, 3), (64, 8, 1)],
+)
+def test_matrix_gradients(device: torch.device, d_state: int, block: int, partials: int) -> None:
+    """A lane holds every q-th state, q = 32 / block, and they stand together in memory."""
+    from ssm_modal.kernels.scan.triton_totals import matrix_gradients
+
+    padded = 1 << (d_state - 1).bit_length()
+    share = max(1, min(32 // block, padded))
+    sums = torch.randn(partials, 2, 9, 2, 2, max(4, padded), device=device)
+    dB, dC = matrix_gradients(sums, d_state, block, torch.bfloat16)
+    places = [n % share * (padded // share) + n // share for n in range(d_state)]
+    expected = sums.sum(0)[..., places].bfloat16()
+    torch.testing.assert_close(dB, expected[..., 0, :])
+    torch.testing.assert_close(dC, expected[..., 1, :])

@@ -246,6 +246,36 @@ def test_autocast_is_restored_for_what_is_computed_again(dtype: torch.dtype) -> 
         assert relative_error(g, w) < 1.5 * max(relative_error(r, w), 1e-4), name
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_autocast_casts_a_weight_once_a_pass(ahead: bool) -> None:
+    """Not once a segment; what a pass without gradients cast serves none with them, nor the caller."""
+    torch.manual_seed(1)
+    lm = model().float()
+    ids, labels = batch(24)
+    weight = lm.backbone.layers[1].mixer.in_proj.weight
+    casts: list[bool] = []
+
+    class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0] is weight:
+                casts.append(True)
+            return func(*args, **(kwargs or {}))
+
+    def head(hidden: Tensor, own: Segment) -> Tensor:
+        return plain(lm, hidden, own.inputs[1])
+
+    with Casts(), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sum_over_segments(body_of(lm), head, (ids, labels), lm.parameters(), 6, ahead=ahead)
+        grads = torch.autograd.grad(loss, list(lm.parameters()))
+        assert len(casts) == 2
+        # The caller's own forward casts again, with gradients.
+        want = plain(lm, lm.hidden(ids)[0], labels)
+        assert len(casts) == 3
+        expected = torch.autograd.grad(want, list(lm.parameters()))
+    for g, e in zip(grads, expected):
+        assert relative_error(g, e) < 2e-2
+
+
 def test_half_precision_parameters_are_summed_in_fp32() -> None:
     """Many segments' bf16 gradients add up to what fp32 gradients would be, rounded once."""
     weight = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
