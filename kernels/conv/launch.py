@@ -25,10 +25,10 @@ class ConvLaunch:
     registers: int | None
 
 
-# (taps up to, channels a thread, steps unrolled and registers: forward, backward). Four channels of two bytes,
-# a load of 8 bytes, were faster than eight on an H200. A thread keeps 2 * taps (backward 4 * taps) numbers a
-# channel; 128 registers a thread make sixteen warps a multiprocessor. All rows compile for sm_90 without a
-# spill, which tests/kernels/test_aot.py keeps so.
+# (taps up to, channels a thread, steps unrolled and registers: forward, backward). Four channels of two
+# bytes, a load of 8 bytes, were faster than eight on an H200. A thread keeps 2 * taps (backward 4 * taps)
+# numbers a channel; 128 registers a thread make sixteen warps a multiprocessor. All rows compile for sm_90
+# without a spill, which tests/kernels/test_aot.py keeps so.
 Row = tuple[int, int, int | None]
 SHIPPED: tuple[tuple[int, Row, Row], ...] = (
     (4, (4, 8, None), (4, 4, 128)),

@@ -1,12 +1,12 @@
 """Decays exp2(rate * dt) of a tile of states, some of them by a polynomial.
 
-A multiprocessor computes 16 exponentials a clock, an eighth of what it multiplies and adds. In the kernels
-that do little else an exponential unit is what there is to wait for, while issue slots are left: so a few of a
-lane's exponentials are computed on the other units, in eleven instructions.
+A multiprocessor computes 16 exponentials a clock, an eighth of what it multiplies and adds. Kernels that do
+little else wait for the unit that does, with issue slots to spare: so a few of a lane's exponentials are
+computed on the other units, in eleven instructions.
 
-2^x = 2^round(x) * 2^f with |f| <= 1/2: the power of two is added to the exponent's bits, 2^f = 1 + f P(f), P of
-degree 4, which errs by 1.7e-7 in fp32; `ex2.approx` errs by about as much. Below -126 the result is 2^-126
-where it should be smaller, from 128 on infinite; NaN stays NaN.
+2^x = 2^round(x) * 2^f with |f| <= 1/2: the power of two is added to the exponent's bits, and 2^f = 1 + f P(f)
+with P of degree 4, which errs by 1.7e-7 in fp32; `ex2.approx` errs by about as much. Below -126 the result is
+2^-126 where it should be smaller, from 128 on infinite; NaN stays NaN.
 """
 
 # Triton kernels are a language of their own, which mypy cannot read.
@@ -79,8 +79,8 @@ def decay_assembly(polynomials: int) -> tuple[str, str]:
 def decay(d_state: int, block: int, polynomials: int) -> dict[str, object]:
     """Constants of a kernel with tiles of `block` channels: DECAY and its constraints.
 
-    polynomials: of every TOGETHER exponentials of a lane. DECAY is None where there are none, where a lane has
-    fewer, or no assembly.
+    polynomials: of every TOGETHER exponentials of a lane. DECAY is None where there are none, where a lane
+    has fewer than those together, and where there is no assembly.
     """
     if padded_state(d_state) * block < TOGETHER.value * WARP or polynomials == 0 or not NVIDIA.value:
         return {"DECAY": None, "DECAY_CONSTRAINTS": None}

@@ -205,8 +205,8 @@ def grad_kernel(
                 )  # fmt: skip
             for stage in range(0, trips(count), STAGE):
                 stage_rows(
-                    staged_b, b_row, None, stage, count, step, b_time, 0, d_state, BRING, BROUGHT, WIDE, STAGE,
-                    BLOCK_N, BLOCK_D, STAGE,
+                    staged_b, b_row, None, stage, count, step, b_time, 0, d_state, BRING, BROUGHT, WIDE,
+                    STAGE, BLOCK_N, BLOCK_D, STAGE,
                 )  # fmt: skip
                 if stage + STAGE >= count:
                     stage_rows(

@@ -29,8 +29,9 @@ class ScanLaunch:
     the others. fwd_steps: steps whose rows are loaded together; bwd_steps: steps whose states are rebuilt and
     kept at a time. fwd_registers, serial_registers, bwd_registers: registers a thread may take. bwd_programs:
     programs of the gradient kernel, each with a scratch of chunk_size / bwd_steps states; None for those that
-    run at a time. polynomials, output_polynomials: of every 16 exponentials of a lane those that the kernels of
-    the chunks and the output kernel compute without the exponential unit. bwd_splits: partial sums of dB and dC where torch asks for a deterministic result.
+    run at a time. bwd_splits: partial sums of dB and dC where torch asks for a deterministic result.
+    polynomials, output_polynomials: of every 16 exponentials of a lane those that the kernels of the chunks
+    and the output kernel compute without the exponential unit.
     """
 
     chunk_size: int

@@ -31,8 +31,8 @@ from ssm_modal.kernels.triton_math import NVIDIA, softplus
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Channels of one program of the carry, a warp, and chunks whose loads are under way at a time: the programs of
-# a multiprocessor together keep some 30 KiB under way.
+# Channels of one program of the carry, a warp, and chunks whose loads are under way at a time: the programs
+# of a multiprocessor together keep some 30 KiB under way.
 CARRY_BLOCK, CARRY_DEPTH = 128, 4
 
 

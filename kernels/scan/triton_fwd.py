@@ -237,9 +237,8 @@ def _launchers(
         launch, d_state, dtype, group_channels, softplus, packed, reverse, wide, brought, copied, added
     )
     registers = launch.serial_registers if launch.serial else launch.fwd_registers
-    states, outputs = (
-        decay(d_state, launch.fwd_block, n) for n in (launch.polynomials, launch.output_polynomials)
-    )
+    states = decay(d_state, launch.fwd_block, launch.polynomials)
+    outputs = decay(d_state, launch.fwd_block, launch.output_polynomials)
     return (
         Launcher(chunk_state_kernel, constants | states | {"maxnreg": launch.fwd_registers}),
         Launcher(output_kernel, constants | outputs | {"SERIAL": launch.serial, "maxnreg": registers}),
