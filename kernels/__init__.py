@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ssm_modal.kernels.conv import (
         causal_conv1d,
+        causal_conv1d_beside,
         causal_conv1d_ref,
         causal_conv1d_step,
         causal_conv1d_step_,
@@ -40,6 +41,7 @@ _HOMES = {
     "Sequences": "sequences",
     "bidirectional_scan": "scan",
     "causal_conv1d": "conv",
+    "causal_conv1d_beside": "conv",
     "causal_conv1d_ref": "conv",
     "causal_conv1d_step": "conv",
     "causal_conv1d_step_": "conv",
@@ -69,6 +71,7 @@ __all__ = [
     "Sequences",
     "bidirectional_scan",
     "causal_conv1d",
+    "causal_conv1d_beside",
     "causal_conv1d_ref",
     "causal_conv1d_step",
     "causal_conv1d_step_",

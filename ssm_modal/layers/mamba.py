@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from ssm_modal.errors import ConfigError
 from ssm_modal.kernels.checks import state_dtype
-from ssm_modal.kernels.conv import causal_conv1d, causal_conv1d_step, causal_conv1d_step_
+from ssm_modal.kernels.conv import (
+    causal_conv1d,
+    causal_conv1d_beside,
+    causal_conv1d_step,
+    causal_conv1d_step_,
+)
 from ssm_modal.kernels.norm import rms_norm
 from ssm_modal.kernels.scan import (
     RowCarry,
@@ -163,20 +168,20 @@ class Mamba(Mixer, WideParameters):
         reverse: bool = False,
         return_state: bool = True,
     ) -> tuple[Tensor, MambaState | None]:
-        u, z = projected.chunk(2, dim=-1)
         # Where gradients may be recorded the ops below serve on every backend, the single step on torch only.
-        if state is not None and seqs is None and u.shape[1] == 1 and not torch.is_grad_enabled():
-            y, new = self._step(u[:, 0], z[:, 0], state)
+        single = seqs is None and projected.shape[1] == 1 and not torch.is_grad_enabled()
+        if state is not None and single:
+            u, z = projected[:, 0].chunk(2, dim=-1)
+            y, new = self._step(u, z, state)
             return y.unsqueeze(1), new
-        u, conv = causal_conv1d(
-            u,
+        u, conv, z = causal_conv1d_beside(
+            projected,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu",
-            initial_state=None if state is None else state.conv.to(u.dtype),
+            initial_state=None if state is None else state.conv.to(projected.dtype),
             cu_seqlens=seqs,
             reverse=reverse,
-            return_final_state=True,
         )
         wide, own = state_dtype(u.dtype), self._direction(u)
         y, ssm = selective_scan(
