@@ -120,10 +120,7 @@ def selective_scan_bwd(
     table = None if seqs is None else seqs.chunks(launch.chunk_size)
     start, end = (None, None) if table is None else (table.start, table.end)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    grads, sums = empty(chunks, d_state, d_inner), empty(chunks, d_inner)
+    grads, sums = A.new_empty((chunks, d_state, d_inner)), A.new_empty((chunks, d_inner))
     plan.chunk_grads(
         plan.chunk_grid,
         (dout, z, delta, A, C, delta_bias, grads, sums, start, end),
@@ -141,13 +138,12 @@ def selective_scan_bwd(
         descending=not reverse,
     )
 
-    du = torch.empty(shape, dtype=dtype, device=device)
-    ddelta = torch.empty(shape, dtype=dtype, device=device)
-    dz = None if z is None else torch.empty(shape, dtype=dtype, device=device)
+    du, ddelta = u.new_empty(shape), u.new_empty(shape)
+    dz = None if z is None else u.new_empty(shape)
     dskip = None if D is None else sums
-    dbias = None if delta_bias is None else empty(chunks, d_inner)
-    partial = torch.zeros(plan.sums_shape, dtype=torch.float32, device=device)
-    scratch = torch.empty(plan.scratch_shape, dtype=torch.float32, device=device)
+    dbias = None if delta_bias is None else A.new_empty((chunks, d_inner))
+    partial = A.new_zeros(plan.sums_shape)
+    scratch = A.new_empty(plan.scratch_shape)
     plan.gradients(
         plan.grid,
         (
