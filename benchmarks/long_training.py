@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ssm_modal.backbone import BackboneConfig
 from ssm_modal.heads import long_token_loss
 from ssm_modal.heads.chunked_loss import IGNORE, default_chunk
+from ssm_modal.kernels import explain
 from ssm_modal.layers import BidirectionalConfig, MambaConfig
 from ssm_modal.models import CausalLM, CausalLMConfig, MaskedLM, MaskedLMConfig
 
@@ -128,6 +129,9 @@ def estimate(job: Job, length: int, narrow: bool, recompute: bool) -> dict[str, 
     held = length if job.bidirectional else min(job.segment, length)
     whole = job.bidirectional or recompute
     parameters = sum(p.numel() for p in job.model.parameters())
+    # Logits and their gradient; by torch also their logarithms of probability in fp32 and a copy.
+    device = next(job.model.parameters()).device
+    one = 2 * e if explain("cross_entropy", device=device).backend == "triton" else 8 + 2 * e
     # In the backward of one block, the gradients of its activations stand beside them.
     activations = held * (layers * stream + 1.6 * block if whole else layers * block)
     boundaries = 0 if job.bidirectional else -(-length // job.segment) - 1
@@ -135,7 +139,7 @@ def estimate(job: Job, length: int, narrow: bool, recompute: bool) -> dict[str, 
     return {
         "weights, gradients, Adam": parameters * (4 + 8 + 8 + (2 if narrow else 0)),
         "activations": activations,
-        "loss chunk": min(job.chunk, held) * job.vocab_size * (8 + 2 * e) + 3 * job.vocab_size * d_model * 4,
+        "loss chunk": min(job.chunk, held) * job.vocab_size * one + 3 * job.vocab_size * d_model * 4,
         "states": states,
         "ids and labels": 16 * length,
     }
@@ -174,7 +178,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--length", type=int, default=1 << 20, help="tokens of the sequence (default 1048576)")
-    add("--segment", type=int, default=1 << 14, help="tokens a segment (default 16384)")
+    add("--segment", type=int, default=1 << 15, help="tokens a segment (default 32768)")
     add("--layers", type=int, help="blocks (default 24; bidirectional 8)")
     add("--d-model", type=int, help="width (default 768; bidirectional 256)")
     add("--d-state", type=int, default=16, help="states a channel (default 16)")

@@ -19,6 +19,7 @@ from ssm_modal.kernels import (
     Sequences,
     causal_conv1d,
     causal_conv1d_step_,
+    cross_entropy,
     rms_norm,
     selective_scan,
     selective_scan_step_,
@@ -75,7 +76,7 @@ def scans(device: torch.device, backend: str) -> Iterator[str]:
 
 
 def others(device: torch.device, backend: str) -> Iterator[str]:
-    """Runs convolution, norm and the single steps and names each."""
+    """Runs convolution, norm, loss and the single steps and names each."""
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(2, 131, 37, device=device, dtype=dtype, requires_grad=True)
         weight = torch.randn(37, 4, device=device, dtype=dtype, requires_grad=True)
@@ -86,6 +87,9 @@ def others(device: torch.device, backend: str) -> Iterator[str]:
         normed, total = rms_norm(x, scale, residual=torch.randn_like(x), backend=backend)
         (normed.float().sum() + total.float().sum()).backward()
         yield f"rms_norm {tuple(x.shape)} {dtype}"
+        logits, targets = torch.randn(3, 5001, device=device, dtype=dtype), torch.arange(3, device=device)
+        cross_entropy(logits, targets, gradient=True, backend=backend)
+        yield f"cross_entropy {tuple(logits.shape)} {dtype}"
         with torch.no_grad():
             row = torch.randn(3, 37, device=device, dtype=dtype)
             state = torch.zeros(3, 37, 5, device=device)

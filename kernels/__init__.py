@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         causal_conv1d_step_,
     )
     from ssm_modal.kernels.dispatch import BackendError, Choice, explain, use_backend
+    from ssm_modal.kernels.loss import cross_entropy, cross_entropy_ref
     from ssm_modal.kernels.lti import lti_scan, lti_scan_ref, lti_scan_step, lti_scan_step_
     from ssm_modal.kernels.norm import rms_norm, rms_norm_ref
     from ssm_modal.kernels.scan import (
@@ -38,6 +39,8 @@ _HOMES = {
     "causal_conv1d_ref": "conv",
     "causal_conv1d_step": "conv",
     "causal_conv1d_step_": "conv",
+    "cross_entropy": "loss",
+    "cross_entropy_ref": "loss",
     "explain": "dispatch",
     "lti_scan": "lti",
     "lti_scan_ref": "lti",
@@ -63,6 +66,8 @@ __all__ = [
     "causal_conv1d_ref",
     "causal_conv1d_step",
     "causal_conv1d_step_",
+    "cross_entropy",
+    "cross_entropy_ref",
     "explain",
     "lti_scan",
     "lti_scan_ref",

@@ -77,6 +77,19 @@ def check_tensor(op: str, name: str, value: object) -> Tensor:
     return value
 
 
+def check_classes(where: str, labels: Tensor, n_classes: int, also: str = "") -> None:
+    """Raise ValueError where int64 `labels` on the CPU hold what is no class; elsewhere the device asserts.
+
+    where: how the message names them. also: what else may stand there, for the message.
+    """
+    if labels.device.type != "cpu" or not labels.numel():
+        return
+    low, high = (int(n) for n in torch.aminmax(labels))
+    if low < 0 or high >= n_classes:
+        wrong = high if high >= n_classes else low
+        raise ValueError(f"{where} holds {wrong}, expected 0 to {n_classes - 1}{also}")
+
+
 def check_shape(op: str, name: str, value: object, expected: Sequence[int | str], meaning: str) -> Tensor:
     """Raise unless `value` is a tensor of shape `expected`; a string in `expected` names a free axis.
 

@@ -26,6 +26,7 @@ SUPPORT: dict[str, tuple[str, ...]] = {
     "lti_scan": ("torch",),
     "causal_conv1d": ("triton", "cpu", "torch"),
     "rms_norm": ("triton", "torch"),
+    "cross_entropy": ("triton", "torch"),
     "selective_scan_step": ("triton", "torch"),
     "causal_conv1d_step": ("triton", "torch"),
 }

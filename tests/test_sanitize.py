@@ -13,5 +13,10 @@ def test_every_case_is_a_valid_call() -> None:
     assert list(others(cpu, "torch")) == [
         f"{name} {dtype}"
         for dtype in (torch.bfloat16, torch.float32)
-        for name in ("causal_conv1d (2, 131, 37)", "rms_norm (2, 131, 37)", "steps")
+        for name in (
+            "causal_conv1d (2, 131, 37)",
+            "rms_norm (2, 131, 37)",
+            "cross_entropy (3, 5001)",
+            "steps",
+        )
     ]

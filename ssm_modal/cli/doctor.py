@@ -24,6 +24,8 @@ from ssm_modal.kernels import (
     causal_conv1d,
     causal_conv1d_ref,
     causal_conv1d_step,
+    cross_entropy,
+    cross_entropy_ref,
     lti_scan,
     lti_scan_ref,
     rms_norm,
@@ -298,6 +300,15 @@ def _norm(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, ref
 
 
+def _loss(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    logits, targets = _draw(37, 24, seed=0).to(dtype), torch.arange(37) % 24
+    _, grad = cross_entropy(logits.to(device), targets.to(device), gradient=True)
+    _, ref = cross_entropy_ref(logits.double(), targets, gradient=True)
+    assert grad is not None
+    assert ref is not None
+    return grad, ref
+
+
 def _scan_step(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     u, z, B, C = (_draw(2, n, seed=s).to(dtype) for s, n in ((0, 8), (1, 8), (2, 5), (3, 5)))
@@ -325,6 +336,7 @@ CHECKS: dict[str, Callable[[torch.device, torch.dtype], tuple[Tensor, Tensor]]] 
     "lti_scan": _lti,
     "causal_conv1d": _conv,
     "rms_norm": _norm,
+    "cross_entropy": _loss,
     "selective_scan_step": _scan_step,
     "causal_conv1d_step": _conv_step,
 }

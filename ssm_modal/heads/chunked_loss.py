@@ -14,6 +14,8 @@ from ssm_modal.backbone.recompute import (
     hooks_held,
     refuse_second_derivatives,
 )
+from ssm_modal.kernels.checks import check_classes
+from ssm_modal.kernels.loss import cross_entropy
 
 IGNORE = -100
 """The label of a position at which nothing is predicted."""
@@ -108,7 +110,7 @@ class _Chunks:
         total = None
         for start, end in self._spans(rows):
             logits = self.surroundings.run(self.logits, rows[start:end], grad=False)
-            part, _ = _cross_entropy(logits, targets[start:end], None, gradient=False)
+            part, _ = cross_entropy(_checked(logits, targets[start:end]), targets[start:end])
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -124,14 +126,15 @@ class _Chunks:
             own = rows[start:end].detach().requires_grad_(need_rows)
             logits = self.surroundings.run(self.logits, own, grad=True)
             with torch.no_grad():
-                part, dlogits = _cross_entropy(logits.detach(), targets[start:end], scale, gradient=True)
+                given = _checked(logits.detach(), targets[start:end])
+                part, dlogits = cross_entropy(given, targets[start:end], scale=scale, gradient=True)
                 total = part if total is None else total + part
             if not logits.requires_grad:
                 continue
             wanted = [own, *self.parameters] if need_rows else list(self.parameters)
             with hooks_held(self.parameters):
                 found = list(torch.autograd.grad(logits, wanted, dlogits, allow_unused=True))
-            del logits, dlogits
+            del logits, dlogits, given
             if drows is not None:
                 own_grad = found.pop(0)
                 drows[start:end] = 0 if own_grad is None else own_grad
@@ -148,40 +151,13 @@ class _Chunks:
         return total, drows, sums
 
 
-def _cross_entropy(
-    logits: Tensor, targets: Tensor, scale: Tensor | None, *, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Summed loss of (rows, vocab) logits, and `scale` times its gradient in the logits' dtype.
-
-    softmax - onehot, each taken in fp32 and rounded once.
-    """
+def _checked(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(
             f"logits must give (rows, vocab) floating logits, got {tuple(logits.shape)} in {logits.dtype}"
         )
-    vocab = logits.shape[1]
-    if targets.device.type == "cpu" and targets.numel():
-        low, high = (int(n) for n in torch.aminmax(targets))
-        if low < 0 or high >= vocab:
-            wrong = high if high >= vocab else low
-            raise ValueError(f"labels holds {wrong}, expected 0 to {vocab - 1}, or {IGNORE} for no target")
-    log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-    at = targets[:, None]
-    picked = log_p.gather(1, at)
-    loss = -picked.sum()
-    if not gradient:
-        return loss, logits
-    # In one pass from fp32 to the logits' dtype; not over `logits` itself, which the head may have saved.
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    if scale is None:
-        torch.exp(log_p, out=dlogits)
-        at_target = picked.expm1()
-    else:
-        log_p.exp_().mul_(scale)
-        dlogits.copy_(log_p)
-        at_target = picked.expm1() * scale
-    dlogits.scatter_(1, at, at_target.to(dlogits.dtype))
-    return loss, dlogits
+    check_classes("labels", targets, logits.shape[1], f", or {IGNORE} for no target")
+    return logits
 
 
 class _ChunkedLoss(torch.autograd.Function):
