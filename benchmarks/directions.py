@@ -23,6 +23,7 @@ from benchmarks.reference import (
 )
 from benchmarks.scan import FORWARD, TRAINING
 from benchmarks.timing import Candidate, measure
+from ssm_modal.kernels.scan import ScanDirection, bidirectional_scan
 from ssm_modal.kernels.sequences import Sequences
 
 SEQUENCES = 64
@@ -105,9 +106,16 @@ def two_directions(given: Sequence[Tensor], backend: str | None, flips: bool = F
     """
     u, z = given[0], given[6]
     delta, A, B, C, D, bias = given[8:]
-    ahead = run_scan(given[:8], backend=backend)
     if not flips:
-        return ahead + run_scan((u, delta, A, B, C, D, z, bias), reverse=True, backend=backend)
+        return bidirectional_scan(
+            u,
+            ScanDirection(*given[1:6], given[7]),
+            ScanDirection(delta, A, B, C, D, bias),
+            z=z,
+            delta_softplus=True,
+            backend=backend,
+        )
+    ahead = run_scan(given[:8], backend=backend)
     turned = (u.flip(1), delta.flip(1), A, B.flip(1), C.flip(1), D, z.flip(1), bias)
     return ahead + run_scan(turned, backend=backend).flip(1)
 
@@ -120,12 +128,12 @@ def _both_inputs(x: ScanInputs) -> tuple[Tensor, ...]:
 
 @case(quick=True, seconds=6.0)
 def bidirectional(options: Options) -> Report:
-    """Both directions, own parameters each, native reverse beside flips, B8 D2048 L8192: 1.3 times faster."""
+    """Both directions in one op, own parameters each, beside flips, B8 D2048 L8192: 1.3 times faster."""
     options.need()
     x = scan_inputs(*options.shrink(8, 2048, 8192, 16), device=options.device, dtype=torch.bfloat16)
     flips = "two forward scans with flips"
     bars = options.bars(Bar(FORWARD, 1 / 1.3, flips), Bar(TRAINING, 1 / 1.3, flips))
-    report = Report("bidirectional", x.shape, "native reverse", bars=bars)
+    report = Report("bidirectional", x.shape, "both at once", bars=bars)
     given = tuple(t.detach().requires_grad_() for t in _both_inputs(x))
     verify = _check_both(x, given)
     backend = options.backend("selective_scan")

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ssm_modal.kernels import (
+    ScanDirection,
     Sequences,
+    bidirectional_scan,
     causal_conv1d,
     causal_conv1d_step_,
     cross_entropy,
@@ -75,6 +77,35 @@ def scans(device: torch.device, backend: str) -> Iterator[str]:
         yield f"selective_scan {tuple(u.shape)} N{d_state} groups {groups} {dtype}"
 
 
+def both_ways(device: torch.device, backend: str) -> Iterator[str]:
+    """Runs bidirectional scans and names each: (length, d_inner, d_state, dtype, gated)."""
+    cases = (
+        (131, 37, 3, torch.bfloat16, True),
+        (300, 64, 16, torch.bfloat16, True),
+        (270, 24, 64, torch.bfloat16, True),
+        (77, 33, 5, torch.float32, False),
+    )
+    for length, d_inner, d_state, dtype, gated in cases:
+
+        def narrow(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+        u, z, *deltas = (narrow(2, length, d_inner) for _ in range(4))
+        ahead, back = (
+            ScanDirection(
+                delta,
+                (-torch.rand(d_inner, d_state, device=device)).requires_grad_(),
+                narrow(2, length, d_state),
+                narrow(2, length, d_state),
+                torch.randn(d_inner, device=device, requires_grad=True),
+            )
+            for delta in deltas
+        )
+        out = bidirectional_scan(u, ahead, back, z=z if gated else None, delta_softplus=True, backend=backend)
+        out.float().sum().backward()
+        yield f"bidirectional_scan {tuple(u.shape)} N{d_state} {dtype}"
+
+
 def others(device: torch.device, backend: str) -> Iterator[str]:
     """Runs convolution, norm, loss and the single steps and names each."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -110,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="default cuda; cpu under TRITON_INTERPRET=1")
     device = torch.device(parser.parse_args(arguments).device)
     torch.manual_seed(0)
-    for run in (scans, others):
+    for run in (scans, both_ways, others):
         for name in run(device, "triton"):
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ssm_modal.kernels.conv import (
         causal_conv1d,
+        causal_conv1d_beside,
         causal_conv1d_ref,
         causal_conv1d_step,
         causal_conv1d_step_,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ssm_modal.kernels.norm import rms_norm, rms_norm_ref
     from ssm_modal.kernels.scan import (
         RowCarry,
+        ScanDirection,
+        bidirectional_scan,
         selective_scan,
         selective_scan_ref,
         selective_scan_row,
@@ -34,8 +37,11 @@ _HOMES = {
     "Choice": "dispatch",
     "ChunkTable": "sequences",
     "RowCarry": "scan",
+    "ScanDirection": "scan",
     "Sequences": "sequences",
+    "bidirectional_scan": "scan",
     "causal_conv1d": "conv",
+    "causal_conv1d_beside": "conv",
     "causal_conv1d_ref": "conv",
     "causal_conv1d_step": "conv",
     "causal_conv1d_step_": "conv",
@@ -61,8 +67,11 @@ __all__ = [
     "Choice",
     "ChunkTable",
     "RowCarry",
+    "ScanDirection",
     "Sequences",
+    "bidirectional_scan",
     "causal_conv1d",
+    "causal_conv1d_beside",
     "causal_conv1d_ref",
     "causal_conv1d_step",
     "causal_conv1d_step_",

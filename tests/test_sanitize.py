@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.sanitize import SCANS, others, scans
+from benchmarks.sanitize import SCANS, both_ways, others, scans
 
 
 def test_every_case_is_a_valid_call() -> None:
     cpu = torch.device("cpu")
     assert len(list(scans(cpu, "torch"))) == len(SCANS)
+    assert len(list(both_ways(cpu, "torch"))) == 4
     assert list(others(cpu, "torch")) == [
         f"{name} {dtype}"
         for dtype in (torch.bfloat16, torch.float32)

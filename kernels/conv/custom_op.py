@@ -185,6 +185,67 @@ class _Convolution(torch.autograd.Function):
         return (*grads[:3], None, grads[3], None, None, None)
 
 
+class _ConvolutionBeside(torch.autograd.Function):
+    """The convolution of the first channels of `wide` by Triton; the others pass. Their gradients are written
+    side by side, where autograd would join two tensors and so write both twice."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        wide, weight, bias, silu, initial_state, seqs, reverse = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(wide, weight, bias, initial_state)
+        ctx.options = (silu, seqs, reverse)
+        own, rest = wide[..., : weight.shape[0]], wide[..., weight.shape[0] :]
+        fwd = backend_functions("triton")[0]
+        return (*fwd(own, weight, bias, silu, initial_state, seqs, reverse), rest)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        dout, dfinal_state, drest = upstream
+        if dout is None and dfinal_state is None and drest is None:
+            return (None,) * 7
+        wide, weight, bias, initial_state = ctx.saved_tensors
+        silu, seqs, reverse = ctx.options
+        d_inner = weight.shape[0]
+        x = wide[..., :d_inner]
+        if dout is None:
+            dout = x.new_zeros(x.shape)
+        if drest is None:
+            drest = wide.new_zeros(wide[..., d_inner:].shape)
+        given = (x, weight, bias, initial_state)
+        if torch.is_grad_enabled() or not eager((dout, dfinal_state, drest, *given)):
+            # The op refuses a second derivative, and is what a trace of the backward can hold.
+            options = (*unpacked(seqs), reverse, "triton")
+            dx, dweight, dbias, dinitial = _grads_by_op(dout, dfinal_state, given, silu, options)
+            assert dx is not None
+            return torch.cat([dx, drest], -1), dweight, dbias, None, dinitial, None, None
+        dwide = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
+        dwide[..., d_inner:] = drest
+        bwd = backend_functions("triton")[1]
+        _, dweight, dbias, dinitial = bwd(
+            dout, dfinal_state, *given[:3], silu, initial_state, seqs, reverse, dx=dwide[..., :d_inner]
+        )
+        return dwide, dweight, dbias, None, dinitial, None, None
+
+
+def convolve_beside(
+    wide: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    seqs: Sequences | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, final state) as of `convolve` on the first d_inner channels of `wide`, and the other channels."""
+    given = (wide, weight, bias, initial_state)
+    if backend == "triton" and eager(given) and recording(given):
+        return _ConvolutionBeside.apply(wide, weight, bias, silu, initial_state, seqs, reverse)
+    own, rest = wide.split([weight.shape[0], wide.shape[-1] - weight.shape[0]], dim=-1)
+    return (*convolve(own, weight, bias, silu, initial_state, seqs, reverse, backend), rest)
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,

@@ -6,9 +6,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from ssm_modal.kernels.checks import Passed, check_flags, signature
+from ssm_modal.kernels.checks import Passed, check_flags, check_shape, signature
 from ssm_modal.kernels.conv.arguments import check_activation, check_sequence
-from ssm_modal.kernels.conv.custom_op import convolve
+from ssm_modal.kernels.conv.custom_op import convolve, convolve_beside
 from ssm_modal.kernels.conv.shifted import causal_conv1d_shifted
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.sequences import Sequences
@@ -99,14 +99,60 @@ def causal_conv1d(
     op = "causal_conv1d"
     check_flags(op, reverse=reverse, return_final_state=return_final_state)
     silu = check_activation(op, activation)
-    seen = None if cu_seqlens is not None else signature((x, weight, bias, initial_state))
-    seqs: Sequences | None = None
-    if seen not in _passed:
-        seqs = check_sequence(op, x, weight, bias, initial_state, cu_seqlens)
-        _passed.add(seen)
-    chosen = resolve(op, x.device, x.dtype, backend)
+    chosen, seqs = _checked(op, x, weight, bias, initial_state, cu_seqlens, backend)
     if chosen == "torch":
         out, final = causal_conv1d_shifted(x, weight, bias, silu, initial_state, seqs, reverse)
     else:
         out, final = convolve(x, weight, bias, silu, initial_state, seqs, reverse, chosen)
     return (out, final) if return_final_state else out
+
+
+def causal_conv1d_beside(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequences | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`causal_conv1d` of x's first d_inner channels, the others handed through: (out, final state, others).
+
+    x: (batch, length, d_inner + n), as a projection to input and gate gives it. The others: (batch, length,
+    n), a view of x that must not be written. All else as of `causal_conv1d`. The gradient of x is written
+    once, where `x.split` before a convolution would write it in parts and join them.
+    """
+    op = "causal_conv1d_beside"
+    check_flags(op, reverse=reverse)
+    silu = check_activation(op, activation)
+    check_shape(op, "weight", weight, ("d_inner", "d_conv"), "(d_inner, d_conv)")
+    check_shape(op, "x", x, ("batch", "length", "channels"), "(batch, length, channels)")
+    d_inner = weight.shape[0]
+    if x.shape[-1] < d_inner:
+        raise ValueError(f"{op}: x has {x.shape[-1]} channels, expected at least d_inner {d_inner} of weight")
+    own = x[..., :d_inner]
+    chosen, seqs = _checked(op, own, weight, bias, initial_state, cu_seqlens, backend)
+    if chosen == "torch":
+        out, final = causal_conv1d_shifted(own, weight, bias, silu, initial_state, seqs, reverse)
+        return out, final, x[..., d_inner:]
+    return convolve_beside(x, weight, bias, silu, initial_state, seqs, reverse, chosen)
+
+
+def _checked(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | Sequences | None,
+    backend: str | None,
+) -> tuple[str, Sequences | None]:
+    """The backend that serves, and the validated sequences."""
+    seen = None if cu_seqlens is not None else signature((x, weight, bias, initial_state))
+    seqs: Sequences | None = None
+    if seen not in _passed:
+        seqs = check_sequence(op, x, weight, bias, initial_state, cu_seqlens)
+        _passed.add(seen)
+    return resolve("causal_conv1d", x.device, x.dtype, backend), seqs

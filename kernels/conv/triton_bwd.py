@@ -88,7 +88,7 @@ def conv_backward_kernel(
     weight,  # (d_inner, K)
     bias,  # (d_inner,)
     initial_state,  # (rows, d_inner, K - 1), any strides
-    dx,  # (batch, length, d_inner), contiguous
+    dx,  # (batch, length, d_inner), neighbouring channels
     partial,  # (chunks, K + 1, d_inner) fp32: of each chunk the gradients of the taps and of the bias
     dinitial,  # (rows, d_inner, K - 1), contiguous
     cu_seqlens,  # (sequences + 1,) int64
@@ -108,6 +108,7 @@ def conv_backward_kernel(
     x_stride_l,
     x_stride_d,
     dx_stride_b,
+    dx_stride_l,
     w_stride_d,
     w_stride_k,
     b_stride,
@@ -133,7 +134,7 @@ def conv_backward_kernel(
     g_scan, g_step = in_scan_order(
         dout, row, first, n, g_stride_b, g_stride_l, d, g_stride_d, PACKED, REVERSE
     )  # fmt: skip
-    dx_scan, dx_step = in_scan_order(dx, row, first, n, dx_stride_b, d_inner, d, 1, PACKED, REVERSE)
+    dx_scan, dx_step = in_scan_order(dx, row, first, n, dx_stride_b, dx_stride_l, d, 1, PACKED, REVERSE)
     taps, shift = parameters(weight, bias, w_stride_d, w_stride_k, b_stride, d, d_mask, K, HAS_BIAS)
     state = (initial_state + row * i_stride_r, i_stride_d, i_stride_k)
     window = window_before(x_scan, x_step, state, d, d_mask, s0, K, HAS_STATE)
@@ -206,16 +207,19 @@ def causal_conv1d_bwd(
     seqs: Sequences | None,
     reverse: bool,
     launch: ConvLaunch | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None where the argument is), in the arguments' dtypes.
 
     dout: (batch, length, d_inner). dfinal_state: (rows, d_inner, d_conv - 1) or None for zeros. `launch`
-    overrides the table's.
+    overrides the table's. dx: where the gradient of x is written, (batch, length, d_inner) with neighbouring
+    channels; None for a new tensor.
     """
     check_taps(weight)
     d_inner, taps = weight.shape
     batch, length, _ = x.shape
-    dx = x.new_empty((batch, length, d_inner))
+    if dx is None:
+        dx = x.new_empty((batch, length, d_inner))
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if dinitial is not None and has_empty(x, seqs):
         dinitial.zero_() if dfinal_state is None else dinitial.copy_(dfinal_state)
@@ -252,7 +256,8 @@ def causal_conv1d_bwd(
             *dout.stride(),
             *final.stride(),
             *x.stride(),
-            length * d_inner,
+            dx.stride(0),
+            dx.stride(1),
             *weight.stride(),
             0 if bias is None else bias.stride(0),
             *state.stride(),
@@ -300,7 +305,7 @@ def aot_cases() -> list[AotCase]:
         given |= {"partial": "*fp32", "HAS_DFINAL": every}
         given |= {"g_stride_b": 2048 * d_inner, "g_stride_l": d_inner, "g_stride_d": 1}
         given |= {"f_stride_r": d_inner * (taps - 1), "f_stride_d": taps - 1, "f_stride_k": 1}
-        given |= {"dx_stride_b": 2048 * d_inner}
+        given |= {"dx_stride_b": 2048 * d_inner, "dx_stride_l": d_inner}
         cases.append(
             AotCase(conv_backward_kernel, config, given, num_warps=launch.warps, minor=dtype == "fp32")
         )

@@ -18,9 +18,11 @@ from ssm_modal.kernels.scan.staging import STAGED_STRIDES, stage_base, stage_row
 from ssm_modal.kernels.scan.triton_common import (
     EXTENTS,
     LOG2E,
+    again,
     channel_block,
     chunk_range,
     first_channel,
+    row_offset,
     state_block,
     state_tile,
     time_step,
@@ -151,12 +153,15 @@ def chunk_state_kernel(
 def chunk_grad_kernel(
     dout_ptr,  # (batch, length, d_inner)
     z_ptr,  # (batch, length, d_inner) or None
+    y_ptr,  # (batch, length, d_inner), contiguous, or None: what z gates, asking for dy and dz
     delta_ptr,  # (batch, length, d_inner)
     a_ptr,  # (d_state, d_inner) fp32
     c_ptr,  # (batch, length, groups, d_state)
     bias_ptr,  # (d_inner,) fp32 or None
     grads_ptr,  # out: (chunks, d_state, d_inner) fp32
     sums_ptr,  # out: (chunks, d_inner) fp32
+    dy_ptr,  # out: as y, or None: the gradient in y
+    dz_ptr,  # out: as y, or None
     start_ptr,  # packed: (chunks,) int64
     end_ptr,
     dout_batch,
@@ -220,6 +225,14 @@ def chunk_grad_kernel(
     c_ptr += row * c_batch + t * c_time + group * c_group
     if z_ptr is not None:
         z_ptr += row * z_batch + t * z_time
+    if y_ptr is not None:
+        inside = (row * length + t) * d_inner
+        y_ptr += inside
+        dy_ptr += inside
+        dz_ptr += inside
+        BUFFER: tl.constexpr = 4
+    else:
+        BUFFER: tl.constexpr = 3
 
     g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
@@ -231,8 +244,8 @@ def chunk_grad_kernel(
     channel = first_channel(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
     if COPIED:
         copy_block(
-            rows, dout_ptr, dout_time, delta_ptr, delta_time, z_ptr, z_time, None, 0, 0, count, step, channel,
-            WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
+            rows, dout_ptr, dout_time, delta_ptr, delta_time, z_ptr, z_time, y_ptr, d_inner, 0, count, step,
+            channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
         )  # fmt: skip
     for stage in range(0, trips(count), STAGE):
         stage_rows(
@@ -240,13 +253,13 @@ def chunk_grad_kernel(
             BLOCK_D,
         )  # fmt: skip
         for first in range(stage, trips(tl.minimum(stage + STAGE, count)), STEPS):
-            here = rows + (first // STEPS % 2) * (3 * ROWS)
+            here = rows + (first // STEPS % 2) * (BUFFER * ROWS)
             if COPIED:
-                ahead = rows + ((first // STEPS + 1) % 2) * (3 * ROWS)
+                ahead = rows + ((first // STEPS + 1) % 2) * (BUFFER * ROWS)
                 stage_wait()
                 copy_block(
-                    ahead, dout_ptr, dout_time, delta_ptr, delta_time, z_ptr, z_time, None, 0, first + STEPS,
-                    count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
+                    ahead, dout_ptr, dout_time, delta_ptr, delta_time, z_ptr, z_time, y_ptr, d_inner,
+                    first + STEPS, count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
                 )  # fmt: skip
                 copies_wait(1)
             else:
@@ -254,6 +267,8 @@ def chunk_grad_kernel(
                 xs = load_rows(delta_ptr, first, count, step, delta_time, d, mask_d, WIDE, STEPS)
                 if z_ptr is not None:
                     zs = load_rows(z_ptr, first, count, step, z_time, d, mask_d, WIDE, STEPS)
+                if y_ptr is not None:
+                    ys = load_rows(y_ptr, first, count, step, d_inner, d, mask_d, WIDE, STEPS)
             for j in tl.static_range(STEPS):
                 if COPIED:
                     dy = copied_row(here, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
@@ -274,8 +289,24 @@ def chunk_grad_kernel(
                         z = copied_row(here + 2 * ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
                     else:
                         z = zs[j].to(tl.float32)
-                    dy *= z * sigmoid(z)
+                    gate = sigmoid(z)
+                    if y_ptr is not None:
+                        if COPIED:
+                            y = copied_row(here + 3 * ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
+                        else:
+                            y = ys[j].to(tl.float32)
+                        dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
+                    dy *= z * gate
+                    if y_ptr is not None:
+                        to = row_offset((first + j) * step, d_inner, d, WIDE)
+                        mask_j = mask_d & (first + j < count)
+                        tl.store(dz_ptr + to, dz.to(dz_ptr.dtype.element_ty), mask=mask_j)
+                        tl.store(dy_ptr + to, dy.to(dy_ptr.dtype.element_ty), mask=mask_j)
                 total += dt
                 g = tl.exp2(rate * dt[None, :]) * (g + c * dy[None, :])
-    tl.store(grads_ptr + chunk * d_inner * d_state + tile, g, mask=mask)
+    # Kept over the loops, the addresses of the tile would take registers.
+    _, d, mask_d = channel_block(again(pid % blocks), group_channels, blocks_per_group, BLOCK_D, FULL_D)
+    chunk = again(pid // blocks).to(tl.int64)
+    tile = state_tile(n, d, again(d_inner))
+    tl.store(grads_ptr + chunk * d_inner * d_state + tile, g, mask=mask_n[:, None] & mask_d[None, :])
     tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)

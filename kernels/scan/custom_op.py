@@ -228,7 +228,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, seqs, reverse, backend = inputs
         # Here autograd does not follow: fewer nodes for it.
-        lead = (u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias)
+        lead = (u, delta, A, grouped(B), grouped(C), D, z, delta_bias)
         out, final, boundaries = backend_functions(backend)[0](*lead, softplus, initial_state, seqs, reverse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, boundaries)
@@ -242,7 +242,7 @@ class _Scan(torch.autograd.Function):
         if dout is None and dfinal_state is None:
             return (None,) * 13
         u, delta, A, B, C, D, z, delta_bias, initial_state, boundaries = ctx.saved_tensors
-        lead = (u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias)
+        lead = (u, delta, A, grouped(B), grouped(C), D, z, delta_bias)
         softplus, seqs, reverse, backend = ctx.options
         if dout is None:
             dout = torch.zeros_like(u, memory_format=torch.contiguous_format)
@@ -261,7 +261,7 @@ class _Scan(torch.autograd.Function):
         return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None, None
 
 
-def _grouped(m: Tensor) -> Tensor:
+def grouped(m: Tensor) -> Tensor:
     """B or C as (batch, length, groups, d_state)."""
     return m if m.ndim == 4 else m.unsqueeze(2)
 
@@ -291,7 +291,7 @@ def scan(
         return _Scan.apply(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse, backend
         )
-    lead = (u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias)
+    lead = (u, delta, A, grouped(B), grouped(C), D, z, delta_bias)
     if straight:
         out, final, _ = backend_functions(backend)[0](*lead, delta_softplus, initial_state, seqs, reverse)
         return out, final

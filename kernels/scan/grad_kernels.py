@@ -30,6 +30,7 @@ from ssm_modal.kernels.scan.triton_common import (
     EXTENTS,
     LN2,
     LOG2E,
+    again,
     channel_block,
     chunk_range,
     first_channel,
@@ -40,26 +41,7 @@ from ssm_modal.kernels.scan.triton_common import (
     time_step,
     trips,
 )
-from ssm_modal.kernels.triton_math import NVIDIA, sigmoid
-
-
-@triton.jit
-def again(x):
-    """x (int32), of which the compiler does not know that it has seen it before: each lane asks itself.
-
-    What is computed from it is computed again; kept from the first time it would take registers.
-    """
-    if NVIDIA:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;",
-            "=r,r",
-            [x],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return x
+from ssm_modal.kernels.triton_math import sigmoid
 
 
 @triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STAGED_STRIDES)
@@ -75,6 +57,7 @@ def grad_kernel(
     bias_ptr,  # (d_inner,) fp32 or None
     states_ptr,  # (chunks, d_state, d_inner) fp32: state entering each chunk
     grads_ptr,  # (chunks, d_state, d_inner) fp32: gradient of the state leaving a chunk; becomes its dA
+    added_ptr,  # (batch, length, d_inner), contiguous, or None: added to du; may be `du_ptr`; None beside z
     scratch_ptr,  # (programs, subs, BLOCK_N, BLOCK_D) fp32, a program's own; without KEPT (programs, subs
     # + STEPS, ...)
     du_ptr,  # out: (batch, length, d_inner), contiguous
@@ -285,6 +268,12 @@ def grad_kernel(
             if z_ptr is not None:
                 z_row += row * z_batch + t0 * z_time
                 dz_row = dz_ptr + (row * length + t0) * d_inner
+            # The fourth row of every step: of the gate, or of what is added to du.
+            fourth_row = z_row
+            fourth_time = z_time
+            if added_ptr is not None:
+                fourth_row = added_ptr + (row * length + t0) * d_inner
+                fourth_time = d_inner
             partial = (split % partials).to(tl.int64)
             sums_time = 2 * groups * padded_state
             sums_row = (
@@ -305,8 +294,9 @@ def grad_kernel(
             if COPIED:
                 buffer = rows + (last % 2) * (4 * ROWS)
                 copy_block(
-                    buffer, u_row, u_time, delta_row, delta_time, dout_row, dout_time, z_row, z_time,
-                    last * STEPS, count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
+                    buffer, u_row, u_time, delta_row, delta_time, dout_row, dout_time, fourth_row,
+                    fourth_time, last * STEPS, count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY,
+                    ROW_PIECE, ROW_BYTES,
                 )  # fmt: skip
             for stage_back in range(trips(own_stages)):
                 stage = (own_stages - 1 - stage_back) * STAGE
@@ -327,9 +317,9 @@ def grad_kernel(
                         before = tl.maximum(first - STEPS, 0)
                         stage_wait()
                         copy_block(
-                            ahead, u_row, u_time, delta_row, delta_time, dout_row, dout_time, z_row, z_time,
-                            before, count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE,
-                            ROW_BYTES,
+                            ahead, u_row, u_time, delta_row, delta_time, dout_row, dout_time, fourth_row,
+                            fourth_time, before, count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY,
+                            ROW_PIECE, ROW_BYTES,
                         )  # fmt: skip
                         copies_wait(1)
                     elif KEPT:
@@ -381,6 +371,13 @@ def grad_kernel(
                             u = load_row(u_row, at, u_time, d, mask_d, WIDE).to(tl.float32)
                             x = load_row(delta_row, at, delta_time, d, mask_d, WIDE).to(tl.float32)
                             dy = load_row(dout_row, at, dout_time, d, mask_d, WIDE).to(tl.float32)
+                        if added_ptr is not None:
+                            if COPIED:
+                                more = copied_row(here + 3 * ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
+                            else:
+                                # Before the sums over states, in which lanes that share a channel meet: none
+                                # of them stores du until all have read it.
+                                more = load_row(fourth_row, at, d_inner, d, mask_d, WIDE).to(tl.float32)
                         if KEPT:
                             dt = take_row(dts + j * (BLOCK_D * 4))
                         else:
@@ -428,6 +425,8 @@ def grad_kernel(
                             ddelta *= sigmoid(x + bias)
                         dbias += ddelta
                         du = gb * dt + skip * dy
+                        if added_ptr is not None:
+                            du += more
                         tl.store(du_row + to, du.to(du_ptr.dtype.element_ty), mask=mask_d)
                         tl.store(ddelta_row + to, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask_d)
                     turn = (turn + STEPS - 1) % STEPS

@@ -45,6 +45,8 @@ def output_kernel(
     skip_ptr,  # D: (d_inner,) fp32 or None
     z_ptr,  # (batch, length, d_inner) or None
     bias_ptr,  # (d_inner,) fp32 or None
+    added_ptr,  # as out, or None: added to y, before the gate; may be `out_ptr` or `y_ptr`
+    y_ptr,  # out: as out, or None: y before the gate
     out_ptr,  # out: (batch, length, d_inner)
     states_ptr,  # (chunks, d_state, d_inner) fp32: entering states, read; written when SERIAL
     initial_ptr,  # SERIAL: (sequences, d_state, d_inner) fp32 or None
@@ -129,6 +131,10 @@ def output_kernel(
     b_ptr += row * b_batch + group * b_group
     c_ptr += row * c_batch + group * c_group
     out_ptr += row * out_batch
+    if added_ptr is not None:
+        added_ptr += row * out_batch
+    if y_ptr is not None:
+        y_ptr += row * out_batch
     if z_ptr is not None:
         z_ptr += row * z_batch
 
@@ -138,6 +144,10 @@ def output_kernel(
     COPIED: tl.constexpr = ROW_READ is not None
     ROWS: tl.constexpr = STEPS * BLOCK_D * ROW_BYTES
     rows = staged_b + STAGE * BLOCK_N * 8
+    if added_ptr is not None:
+        BUFFER: tl.constexpr = 4 * ROWS
+    else:
+        BUFFER: tl.constexpr = 3 * ROWS
     channel = first_channel(pid % blocks, group_channels, blocks_per_group, BLOCK_D)
     own_chunks = item * 0 + 1
     if SERIAL:
@@ -172,10 +182,16 @@ def output_kernel(
         z_row = z_ptr
         if z_ptr is not None:
             z_row += t * z_time
+        y_row = y_ptr
+        if y_ptr is not None:
+            y_row += t * out_time
+        added_row = added_ptr
+        if added_ptr is not None:
+            added_row += t * out_time
         if COPIED:
             copy_block(
-                rows, u_row, u_time, delta_row, delta_time, z_row, z_time, None, 0, 0, count, step, channel,
-                WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
+                rows, u_row, u_time, delta_row, delta_time, z_row, z_time, added_row, out_time, 0, count,
+                step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
             )  # fmt: skip
         for stage in range(0, trips(count), STAGE):
             stage_rows(
@@ -183,13 +199,14 @@ def output_kernel(
                 STAGE, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             for first in range(stage, trips(tl.minimum(stage + STAGE, count)), STEPS):
-                here = rows + (first // STEPS % 2) * (3 * ROWS)
+                here = rows + (first // STEPS % 2) * BUFFER
                 if COPIED:
-                    ahead = rows + ((first // STEPS + 1) % 2) * (3 * ROWS)
+                    ahead = rows + ((first // STEPS + 1) % 2) * BUFFER
                     stage_wait()
                     copy_block(
-                        ahead, u_row, u_time, delta_row, delta_time, z_row, z_time, None, 0, first + STEPS,
-                        count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE, ROW_BYTES,
+                        ahead, u_row, u_time, delta_row, delta_time, z_row, z_time, added_row, out_time,
+                        first + STEPS, count, step, channel, WIDE, STEPS, BLOCK_D, ROW_COPY, ROW_PIECE,
+                        ROW_BYTES,
                     )  # fmt: skip
                     copies_wait(1)
                 else:
@@ -197,8 +214,11 @@ def output_kernel(
                     xs = load_rows(delta_row, first, count, step, delta_time, d, mask_d, WIDE, STEPS)
                     if z_ptr is not None:
                         zs = load_rows(z_row, first, count, step, z_time, d, mask_d, WIDE, STEPS)
+                    if added_ptr is not None:
+                        more = load_rows(added_row, first, count, step, out_time, d, mask_d, WIDE, STEPS)
                 # Outputs wait for the last step: no load may pass a store.
                 ys = ()
+                outs = ()
                 for j in tl.static_range(STEPS):
                     if COPIED:
                         u = copied_row(here, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
@@ -218,16 +238,26 @@ def output_kernel(
                     dt = time_step(x, bias, first + j < count, SOFTPLUS)
                     h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
                     y = tl.sum(h * c, axis=0) + skip * u
+                    if added_ptr is not None:
+                        if COPIED:
+                            y += copied_row(here + 3 * ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
+                        else:
+                            y += more[j].to(tl.float32)
+                    if y_ptr is not None:
+                        ys += (y,)
                     if z_ptr is not None:
                         if COPIED:
                             z = copied_row(here + 2 * ROWS, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
                         else:
                             z = zs[j].to(tl.float32)
                         y *= z * sigmoid(z)
-                    ys += (y,)
+                    outs += (y,)
                 for j in tl.static_range(STEPS):
-                    place = out_row + row_offset((first + j) * step, out_time, d, WIDE)
-                    tl.store(place, ys[j].to(out_ptr.dtype.element_ty), mask=mask_d & (first + j < count))
+                    place = row_offset((first + j) * step, out_time, d, WIDE)
+                    mask_j = mask_d & (first + j < count)
+                    if y_ptr is not None:
+                        tl.store(y_row + place, ys[j].to(y_ptr.dtype.element_ty), mask=mask_j)
+                    tl.store(out_row + place, outs[j].to(out_ptr.dtype.element_ty), mask=mask_j)
         if COPIED:
             copies_wait(0)
     if SERIAL:

@@ -73,6 +73,9 @@ def selective_scan_bwd(
     boundaries: Tensor,
     *,
     launch: ScanLaunch | None = None,
+    y: Tensor | None = None,
+    dy: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]:
@@ -82,6 +85,10 @@ def selective_scan_bwd(
     None for zeros; boundaries: the third result of the forward. Returns du, ddelta, dA, dB, dC, dD, dz,
     ddelta_bias, dinitial_state, each contiguous, of its argument's shape and dtype, None where that argument
     was None.
+
+    y: contiguous, shape and dtype of u: what z gated, where that is not this scan's y alone. dy, likewise,
+    with y: becomes the gradient in y. added: likewise, without z: the du of another scan of the same u; that
+    of this one is added to it, and it is returned as du.
     """
     shape = batch, length, d_inner = u.shape
     groups, d_state = B.shape[2], B.shape[3]
@@ -107,6 +114,8 @@ def selective_scan_bwd(
         z = last_contiguous(z)
         low |= z.data_ptr()
         z_strides = z.stride()
+    for x in (y, dy, added):
+        low |= 0 if x is None else x.data_ptr()
     D = None if D is None else D.contiguous()
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
     device, dtype = u.device, u.dtype
@@ -115,15 +124,18 @@ def selective_scan_bwd(
         launch, device, dtype, shape, groups, d_state, boundaries.shape[0], u.stride(), delta.stride(),
         dout.stride(), B.stride(), C.stride(), z_strides, u.data_ptr() % 16, low % 16, B.data_ptr() % 16,
         C.data_ptr() % 16, delta_softplus, seqs is not None, reverse, deterministic,
+        y is not None, added is not None,
     )  # fmt: skip
     launch, chunks = plan.launch, boundaries.shape[0]
     table = None if seqs is None else seqs.chunks(launch.chunk_size)
     start, end = (None, None) if table is None else (table.start, table.end)
 
     grads, sums = A.new_empty((chunks, d_state, d_inner)), A.new_empty((chunks, d_inner))
+    dz = None if z is None else u.new_empty(shape)
+    gated = None if y is None else dz
     plan.chunk_grads(
         plan.chunk_grid,
-        (dout, z, delta, A, C, delta_bias, grads, sums, start, end),
+        (dout, z, y, delta, A, C, delta_bias, grads, sums, dy, gated, start, end),
         plan.chunk_numbers,
     )
     dinitial = carry(
@@ -138,8 +150,10 @@ def selective_scan_bwd(
         descending=not reverse,
     )
 
-    du, ddelta = u.new_empty(shape), u.new_empty(shape)
-    dz = None if z is None else u.new_empty(shape)
+    du = u.new_empty(shape) if added is None else added
+    ddelta = u.new_empty(shape)
+    # With dy the gradients know of no gate.
+    inner, gate, dgate = (dout, z, dz) if dy is None else (dy, None, None)
     dskip = None if D is None else sums
     dbias = None if delta_bias is None else A.new_empty((chunks, d_inner))
     partial = A.new_zeros(plan.sums_shape)
@@ -147,8 +161,8 @@ def selective_scan_bwd(
     plan.gradients(
         plan.grid,
         (
-            dout, u, delta, A, B, C, D, z, delta_bias, boundaries, grads, scratch, du, ddelta, partial, dskip,
-            dz, dbias, start, end,
+            inner, u, delta, A, B, C, D, gate, delta_bias, boundaries, grads, added, scratch, du, ddelta,
+            partial, dskip, dgate, dbias, start, end,
         ),
         plan.numbers,
     )  # fmt: skip
@@ -196,9 +210,11 @@ def _plan(
     packed: bool,
     reverse: bool,
     deterministic: bool,
+    gated: bool,
+    added: bool,
 ) -> _Plan:
     """u, delta, dout, B, C, z: strides. low_u, low_B, low_C: the low bits of their addresses; low: those of
-    delta, dout and z together. launch: None for the table's."""
+    all else that is copied by rows together. launch: None for the table's. gated: y is given."""
     batch, length, d_inner = shape
     if launch is None:
         launch = scan_launch(batch, length, d_inner, groups, d_state, device)
@@ -207,7 +223,8 @@ def _plan(
     z_strides = (0, 0) if z is None else z[:2]
     size = dtype.itemsize
     low_u = row_bits(low_u, u, size)
-    for strides in (delta, dout, z):
+    whole = (length * d_inner, d_inner, 1)
+    for strides in (delta, dout, z, whole if gated or added else None):
         low |= 0 if strides is None else row_bits(0, strides, size)
     low_B, low_C = row_bits(low_B, B, size), row_bits(low_C, C, size)
     wide = wide_offsets(launch.chunk_size, u[1], delta[1], dout[1], B[1], C[1], z_strides[1], d_inner)
@@ -226,7 +243,10 @@ def _plan(
         can_bring(d_state, size, low_B | low_C),
         can_copy(launch.block, group_channels, size, low | low_u),
         adds_vectors(device),
+        gated,
     )
+    # What the gradients take for dout and the gate.
+    inner, gate = (whole, (0, 0)) if gated else (dout, z_strides)
     chunk_per_group = -(-group_channels // launch.fwd_block)
     chunk_blocks = groups * chunk_per_group
     blocks_per_group = -(-group_channels // launch.block)
@@ -248,7 +268,7 @@ def _plan(
         gradients,
         (programs,),
         (
-            *dout[:2], *u[:2], *delta[:2], *B[:3], *C[:3], *z_strides, batch, length, n_chunks, d_inner,
+            *inner[:2], *u[:2], *delta[:2], *B[:3], *C[:3], *gate, batch, length, n_chunks, d_inner,
             d_state, groups, group_channels, blocks_per_group, blocks_per_split, splits, partials, subs,
             items, programs,
         ),
@@ -272,6 +292,7 @@ def _launchers(
     brought: bool,
     copied: bool,
     vectors: bool,
+    gated: bool,
 ) -> tuple[Launcher, Launcher]:
     """`chunk_grad_kernel` and `grad_kernel` with their constants."""
     both = {
@@ -291,7 +312,7 @@ def _launchers(
             launch.chunk_size,
             launch.fwd_block,
             launch.fwd_steps,
-            rows=3,
+            rows=4 if gated else 3,
             row_bytes=dtype.itemsize,
         ),
         **bringing(d_state, launch.fwd_block, dtype, chunk_brought),
@@ -360,8 +381,8 @@ def gradient_programs(d_state: int, launch: ScanLaunch, dtype: torch.dtype, devi
     return multiprocessors(device) * at_a_time
 
 
-def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table in bf16; at d_state 16 more."""
+def aot_cases(gated: bool = False) -> list[AotCase]:
+    """Both kernels at every row of the table in bf16; at d_state 16 more. gated: the first has room for y."""
     cases = []
     for d_state, launch in shipped_launches():
         if launch.serial:
@@ -400,7 +421,7 @@ def aot_cases() -> list[AotCase]:
                     launch.chunk_size,
                     launch.fwd_block,
                     launch.fwd_steps,
-                    rows=3,
+                    rows=4 if gated else 3,
                     row_bytes=DTYPES[dtype].itemsize,
                 ),
                 **bringing(
@@ -416,6 +437,7 @@ def aot_cases() -> list[AotCase]:
                 "FULL_N": True,
             }
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
+            args |= dict.fromkeys(("y_ptr", "dy_ptr", "dz_ptr", "added_ptr"))
             own = {p.name: args[p.name] for p in chunk_grad_kernel.params}
             cases.append(
                 AotCase(

@@ -26,7 +26,7 @@ from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.dispatch import interpreting
 from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.sequences import Sequences
-from ssm_modal.kernels.triton_math import softplus
+from ssm_modal.kernels.triton_math import NVIDIA, softplus
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -47,6 +47,25 @@ def trips(n):
         return n.handle.data.item()
     else:
         return n
+
+
+@triton.jit
+def again(x):
+    """x (int32), of which the compiler does not know that it has seen it before: each lane asks itself.
+
+    What is computed from it is computed again; kept from the first time it would take registers.
+    """
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;",
+            "=r,r",
+            [x],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return x
 
 
 @triton.jit

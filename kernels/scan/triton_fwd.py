@@ -53,6 +53,8 @@ def selective_scan_fwd(
     reverse: bool,
     *,
     launch: ScanLaunch | None = None,
+    added: Tensor | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Selective scan (arXiv 2312.00752, algorithm 2) of validated arguments in Triton.
 
@@ -62,6 +64,9 @@ def selective_scan_fwd(
     same). Returns out (batch, length, d_inner) in the dtype of u, the final state (batch or sequences,
     d_inner, d_state) fp32, of any strides, and the states entering the chunks, `boundaries_shape`, fp32, for
     `selective_scan_bwd`.
+
+    added: contiguous, shape and dtype of u: the y of another scan, to which that of this one is added before
+    the gate. The output is written over it; with `keep` the sum is, and the output is a new tensor.
     """
     shape = batch, length, d_inner = u.shape
     groups, d_state = B.shape[2], B.shape[3]
@@ -82,6 +87,8 @@ def selective_scan_fwd(
         z = last_contiguous(z)
         low |= z.data_ptr()
         z_strides = z.stride()
+    if added is not None:
+        low |= added.data_ptr()
     D = None if D is None else D.contiguous()
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
     initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
@@ -89,12 +96,14 @@ def selective_scan_fwd(
     plan = _plan(
         launch, device, u.dtype, shape, groups, d_state, u.stride(), delta.stride(), B.stride(), C.stride(),
         z_strides, low % 16, (B.data_ptr() | C.data_ptr()) % 16, delta_softplus, seqs is not None, reverse,
+        added is not None,
     )  # fmt: skip
     launch = plan.launch
     table = None if seqs is None else seqs.chunks(launch.chunk_size)
     chunks = plan.chunks if table is None else table.n_chunks
     chunk_start, chunk_end = (None, None) if table is None else (table.start, table.end)
-    out = u.new_empty(shape)
+    out = u.new_empty(shape) if added is None or keep else added
+    y = added if keep else None
     states = A.new_empty((chunks, d_state, d_inner))
     if launch.serial:
         final = A.new_empty((rows, d_state, d_inner))
@@ -103,7 +112,7 @@ def selective_scan_fwd(
             bounds = (seqs.cu_seqlens, seqs.cu_seqlens[1:], table.first)
         plan.outputs(
             (rows * plan.blocks,),
-            (u, delta, A, B, C, D, z, delta_bias, out, states, initial, final, *bounds),
+            (u, delta, A, B, C, D, z, delta_bias, added, y, out, states, initial, final, *bounds),
             plan.output_numbers,
         )
     else:
@@ -127,7 +136,7 @@ def selective_scan_fwd(
         bounds = (chunk_start, chunk_end, None)
         plan.outputs(
             (chunks * plan.blocks,),
-            (u, delta, A, B, C, D, z, delta_bias, out, states, None, None, *bounds),
+            (u, delta, A, B, C, D, z, delta_bias, added, y, out, states, None, None, *bounds),
             plan.output_numbers,
         )
     return out, final.transpose(1, 2), states
@@ -165,9 +174,10 @@ def _plan(
     softplus: bool,
     packed: bool,
     reverse: bool,
+    added: bool,
 ) -> _Plan:
-    """u, delta, B, C, z: strides. low: the low bits of the addresses of u, delta and z; low_matrices: of B
-    and C. launch: None for the table's."""
+    """u, delta, B, C, z: strides. low: the low bits of the addresses of u, delta, z and `added`;
+    low_matrices: of B and C. launch: None for the table's."""
     batch, length, d_inner = shape
     if launch is None:
         launch = scan_launch(batch, length, d_inner, groups, d_state, device)
@@ -180,7 +190,7 @@ def _plan(
     z_strides = (0, 0) if z is None else z[:2]
     out = (length * d_inner, d_inner)
     size = dtype.itemsize
-    for strides in (u, delta, z):
+    for strides in (u, delta, z, (*out, 1) if added else None):
         low |= 0 if strides is None else row_bits(0, strides, size)
     low_matrices |= row_bits(row_bits(0, B, size), C, size)
     chunk_states, outputs = _launchers(
@@ -194,6 +204,7 @@ def _plan(
         wide_offsets(launch.chunk_size, u[1], delta[1], B[1], C[1], z_strides[1], out[1]),
         can_bring(d_state, size, low_matrices),
         can_copy(launch.fwd_block, group_channels, size, low),
+        added,
     )
     return _Plan(
         launch,
@@ -218,10 +229,11 @@ def _launchers(
     wide: bool,
     brought: bool,
     copied: bool,
+    added: bool,
 ) -> tuple[Launcher, Launcher]:
     """`chunk_state_kernel` and `output_kernel` with their constants."""
     constants = _constants(
-        launch, d_state, dtype, group_channels, softplus, packed, reverse, wide, brought, copied
+        launch, d_state, dtype, group_channels, softplus, packed, reverse, wide, brought, copied, added
     )
     registers = launch.serial_registers if launch.serial else launch.fwd_registers
     return (
@@ -241,17 +253,22 @@ def _constants(
     wide: bool,
     brought: bool,
     copied: bool,
+    added: bool,
 ) -> dict[str, object]:
     """What both kernels are compiled for."""
-    block = launch.fwd_block
+    block, rows, steps = launch.fwd_block, 3, launch.fwd_steps
+    if added:
+        rows = 4
+        # Loaded into registers, a fourth row of as many steps would not fit.
+        steps = steps if copied else max(1, steps // 2)
     return {
         "SOFTPLUS": softplus,
         "PACKED": packed,
         "REVERSE": reverse,
         "WIDE": wide,
         "CHUNK": launch.chunk_size,
-        "STEPS": launch.fwd_steps,
-        **staging(d_state, launch.chunk_size, block, launch.fwd_steps, rows=3, row_bytes=dtype.itemsize),
+        "STEPS": steps,
+        **staging(d_state, launch.chunk_size, block, steps, rows=rows, row_bytes=dtype.itemsize),
         **bringing(d_state, block, dtype, brought),
         **row_copies(dtype, block, copied),
         "BLOCK_D": block,
@@ -262,8 +279,8 @@ def _constants(
     }
 
 
-def aot_cases() -> list[AotCase]:
-    """Both kernels at every row of the table in bf16; at d_state 16 more."""
+def aot_cases(added: bool = False) -> list[AotCase]:
+    """Both kernels at every row of the table in bf16; at d_state 16 more. added: with room for that row."""
     cases = []
     for d_state, launch in shipped_launches():
         variants = [("bf16", False)]
@@ -285,6 +302,7 @@ def aot_cases() -> list[AotCase]:
                 False,
                 brought,
                 not packed,
+                added,
             )
             shared: dict[str, object] = {
                 "u_ptr": f"*{dtype}",
@@ -329,6 +347,8 @@ def aot_cases() -> list[AotCase]:
                 "c_ptr": shared["b_ptr"],
                 "skip_ptr": "*fp32",
                 "z_ptr": f"*{dtype}",
+                "added_ptr": None,
+                "y_ptr": None,
                 "out_ptr": f"*{dtype}",
                 "initial_ptr": "*fp32" if launch.serial else None,
                 "final_ptr": "*fp32" if launch.serial else None,

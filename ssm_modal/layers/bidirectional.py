@@ -62,15 +62,15 @@ class Bidirectional(nn.Module):
         first = self.forwards
         second = self.backwards if self.backwards is not None else first
         projected = first.project_in(x)
+        if self.config.share != "none" and self.out_proj is None:
+            return first.project_out(self._mean(first.mix_both(second, projected, seqs=seqs))), None
         own = projected if self.config.share != "none" else second.project_in(x)
         y, _ = first.mix(projected, seqs=seqs, return_state=False)
         w, _ = second.mix(own, seqs=seqs, reverse=True, return_state=False)
         last = second if self.config.share == "none" else first
         if self.out_proj is not None:
             return self.out_proj(torch.cat([first.project_out(y), last.project_out(w)], dim=-1)), None
-        if self.config.share == "none":
-            return self._mean(first.project_out(y) + last.project_out(w)), None
-        return first.project_out(self._mean(y + w)), None
+        return self._mean(first.project_out(y) + last.project_out(w)), None
 
     def _mean(self, total: Tensor) -> Tensor:
         return total / 2 if self.config.combine == "mean" else total

@@ -17,10 +17,17 @@ from torch import Tensor, nn
 
 from ssm_modal.errors import ConfigError
 from ssm_modal.kernels.checks import state_dtype
-from ssm_modal.kernels.conv import causal_conv1d, causal_conv1d_step, causal_conv1d_step_
+from ssm_modal.kernels.conv import (
+    causal_conv1d,
+    causal_conv1d_beside,
+    causal_conv1d_step,
+    causal_conv1d_step_,
+)
 from ssm_modal.kernels.norm import rms_norm
 from ssm_modal.kernels.scan import (
     RowCarry,
+    ScanDirection,
+    bidirectional_scan,
     selective_scan,
     selective_scan_row,
     selective_scan_step,
@@ -161,32 +168,31 @@ class Mamba(Mixer, WideParameters):
         reverse: bool = False,
         return_state: bool = True,
     ) -> tuple[Tensor, MambaState | None]:
-        u, z = projected.chunk(2, dim=-1)
         # Where gradients may be recorded the ops below serve on every backend, the single step on torch only.
-        if state is not None and seqs is None and u.shape[1] == 1 and not torch.is_grad_enabled():
-            y, new = self._step(u[:, 0], z[:, 0], state)
+        single = seqs is None and projected.shape[1] == 1 and not torch.is_grad_enabled()
+        if state is not None and single:
+            u, z = projected[:, 0].chunk(2, dim=-1)
+            y, new = self._step(u, z, state)
             return y.unsqueeze(1), new
-        u, conv = causal_conv1d(
-            u,
+        u, conv, z = causal_conv1d_beside(
+            projected,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu",
-            initial_state=None if state is None else state.conv.to(u.dtype),
+            initial_state=None if state is None else state.conv.to(projected.dtype),
             cu_seqlens=seqs,
             reverse=reverse,
-            return_final_state=True,
         )
-        delta, B, C = self._select(u)
-        wide = state_dtype(u.dtype)
+        wide, own = state_dtype(u.dtype), self._direction(u)
         y, ssm = selective_scan(
             u,
-            delta,
-            self._A(wide),
-            B,
-            C,
-            D=self.D.to(wide),
+            own.delta,
+            own.A,
+            own.B,
+            own.C,
+            D=own.D,
             z=z,
-            delta_bias=self.dt_bias.to(wide),
+            delta_bias=own.delta_bias,
             delta_softplus=True,
             initial_state=None if state is None else state.ssm.to(wide),
             cu_seqlens=seqs,
@@ -194,6 +200,35 @@ class Mamba(Mixer, WideParameters):
             return_final_state=True,
         )
         return y, MambaState(conv, ssm) if return_state else None
+
+    def mix_both(self, other: Mamba, projected: Tensor, *, seqs: Sequences | None = None) -> Tensor:
+        u, z = projected.chunk(2, dim=-1)
+        ahead, back = (
+            causal_conv1d(
+                u,
+                layer.conv1d.weight.squeeze(1),
+                layer.conv1d.bias,
+                activation="silu",
+                cu_seqlens=seqs,
+                reverse=reverse,
+            )
+            for layer, reverse in ((self, False), (other, True))
+        )
+        return bidirectional_scan(
+            ahead,
+            self._direction(ahead),
+            other._direction(back),
+            u_backwards=back,
+            z=z,
+            delta_softplus=True,
+            cu_seqlens=seqs,
+        )
+
+    def _direction(self, u: Tensor) -> ScanDirection:
+        """What the scan of u takes beside u and the gate."""
+        delta, B, C = self._select(u)
+        wide = state_dtype(u.dtype)
+        return ScanDirection(delta, self._A(wide), B, C, self.D.to(wide), self.dt_bias.to(wide))
 
     @torch.no_grad()
     def attention_row(

@@ -58,6 +58,15 @@ class Mixer(nn.Module, ABC):
     ) -> tuple[Tensor, Any]:
         """Mix along the length: (batch, length, d_inner) and the new state, None unless `return_state`."""
 
+    def mix_both(self, other: Any, projected: Any, *, seqs: Sequences | None = None) -> Tensor:
+        """`mix` plus that of `other`, of the same class and config, in reverse: (batch, length, d_inner).
+
+        A mixer whose op takes both directions at once overrides it.
+        """
+        y, _ = self.mix(projected, seqs=seqs, return_state=False)
+        w, _ = other.mix(projected, seqs=seqs, reverse=True, return_state=False)
+        return y + w
+
     @abstractmethod
     def project_out(self, y: Tensor) -> Tensor:
         """(batch, length, d_inner) to (batch, length, d_model); works on each position alone."""

@@ -186,3 +186,21 @@ def test_every_place_in_shared_memory_is_one_lanes() -> None:
     # Three kernels, two copies of two and of four rows, step sizes twice, and tiles.
     assert found.count("cp.async.c") >= 3 * 14
     assert found.count("st.shared") >= 3 * 3
+
+
+STEP = """
+from ssm_modal.kernels.aot import compile_case
+from ssm_modal.kernels.scan.triton_step import aot_cases
+
+for case in aot_cases():
+    if case.args["d_state"] <= 16:
+        print(case.config, compile_case(case).metadata.shared, sep=": ")
+"""
+
+
+@pytest.mark.slow
+def test_a_step_goes_without_shared_memory() -> None:
+    """Lanes that share a channel hold its output all of them: none of them may hand it on through there."""
+    done = run_without_interpreter(STEP, 280)
+    assert done.returncode == 0, done.stderr
+    assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == ["0"] * 6
