@@ -18,6 +18,7 @@ from ssm_modal.kernels.norm.launch import AOT_SHAPES, NormLaunch, norm_launch
 from ssm_modal.kernels.norm.ref import residual_dtype
 from ssm_modal.kernels.norm.triton_common import aot_arguments, aot_config, as_rows, load
 from ssm_modal.kernels.triton_math import silu
+from ssm_modal.kernels.triton_stores import store_held
 
 
 @triton.jit
@@ -111,7 +112,10 @@ def norm_forward_kernel(
                 WEIGHT, RESIDUAL, GATE_LAST,
             )  # fmt: skip
             at += BLOCK
-    tl.store(rstd + index, scale, mask=index < count)
+    if ROWS == 1:
+        tl.store(rstd + tl.program_id(0).to(tl.int64), tl.sum(scale, 0))
+    else:
+        store_held(rstd + index, scale, index < count)
 
 
 def rms_norm_fwd(
