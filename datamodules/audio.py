@@ -59,7 +59,8 @@ class AudioDataModule(pl.LightningDataModule):
         pattern: the regular expression of source "pattern".
         root: what a manifest's paths are relative to; None: the manifest's folder.
         words, unknown: of source "speech_commands", see `speech_commands`.
-        left_out_speaker: of source "free_spoken_digits": who is tested on instead of the official split.
+        left_out_speaker, validation_speaker: of source "free_spoken_digits": who is tested on instead of the
+            official split, and who is validated on then instead of a part of the others' recordings.
         sample_rate: frames a second the model takes. A file of another rate is an error, unless `resample`.
         resample: resample files of another rate.
         keep_every: of what is read at `sample_rate` every so-manieth sample is kept, without a filter against
@@ -73,7 +74,7 @@ class AudioDataModule(pl.LightningDataModule):
         window: ids predicted in one window at most; None: whole recordings. For layout "windows".
         condition: "label": each recording begins with the id of its class, so that the model can be asked for
             one; "none": with one id for all. For layout "windows".
-        augment: see `Augmentation`; training alone. Layout "windows" takes no shift and no speed.
+        augment: see `Augmentation`; training alone. Layout "windows" takes no shift, padding or speed.
         val_fraction, test_fraction: parts of the recordings of each label, for those whose split nothing else
             decides, see `assign_splits`.
         suffixes: endings of the files read below a folder; of sources "folder", "pattern" and "unlabelled".
@@ -101,6 +102,7 @@ class AudioDataModule(pl.LightningDataModule):
         words: int = 35,
         unknown: bool = False,
         left_out_speaker: str | None = None,
+        validation_speaker: str | None = None,
         sample_rate: int = 16000,
         resample: bool = False,
         keep_every: int = 1,
@@ -146,7 +148,7 @@ class AudioDataModule(pl.LightningDataModule):
             )
         if layout == "windows" and augment is not None and not augment.keeps_place:
             raise ValueError(
-                'augment moves samples with layout "windows", expected shift_seconds 0 and no speed'
+                'augment moves samples with layout "windows", expected no shift, padding or speed'
             )
         if layout == "windows" and keep_every != 1:
             raise ValueError(f'keep_every is {keep_every} with layout "windows", expected 1')
@@ -166,6 +168,7 @@ class AudioDataModule(pl.LightningDataModule):
             ("pattern", pattern is not None, "pattern"),
             ("root", root is not None, "manifest"),
             ("left_out_speaker", left_out_speaker is not None, "free_spoken_digits"),
+            ("validation_speaker", validation_speaker is not None, "free_spoken_digits"),
             ("words", words != 35, "speech_commands"),
             ("unknown", unknown, "speech_commands"),
         ):
@@ -184,7 +187,8 @@ class AudioDataModule(pl.LightningDataModule):
         self.path = path if path is not None else f"$SSM_MODAL_DATA/{_PRESETS[source]}"
         self.source: Source = source
         self.pattern, self.root, self.suffixes = pattern, root, tuple(suffixes)
-        self.words, self.unknown, self.left_out_speaker = words, unknown, left_out_speaker
+        self.words, self.unknown = words, unknown
+        self.left_out_speaker, self.validation_speaker = left_out_speaker, validation_speaker
         self.keep_every = keep_every
         self.reading = Reading(sample_rate, resample, mono, refuse_silent)
         self.layout: Layout = layout
@@ -386,7 +390,9 @@ class AudioDataModule(pl.LightningDataModule):
     def _find(self) -> Found:
         skip = self.skip_bad
         if self.source == "free_spoken_digits":
-            return free_spoken_digits(self.path, self.left_out_speaker, skip_bad=skip)
+            return free_spoken_digits(
+                self.path, self.left_out_speaker, self.validation_speaker, skip_bad=skip
+            )
         if self.source == "speech_commands":
             return speech_commands(self.path, self.words, unknown=self.unknown, skip_bad=skip)
         if self.source == "manifest":

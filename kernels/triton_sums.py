@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.launching import Launcher
+from ssm_modal.kernels.triton_stores import store_held
 
 # Rows are added in tiles of at most this many, in channel blocks of this width: many programs even where
 # there are few channels, with 4 KiB under way a warp.
@@ -55,9 +56,9 @@ def column_sums_kernel(
         i += ROWS
     total = tl.sum(sums, 0)
     if plane < K:
-        tl.store(main + c * K + plane, total.to(main.dtype.element_ty), mask=mask)
+        store_held(main + c * K + plane, total.to(main.dtype.element_ty), mask)
     elif HAS_LAST:
-        tl.store(last + c, total.to(last.dtype.element_ty), mask=mask)
+        store_held(last + c, total.to(last.dtype.element_ty), mask)
 
 
 def column_sums(partial: Tensor, main: Tensor, last: Tensor | None = None) -> None:

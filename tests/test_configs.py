@@ -150,7 +150,7 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
             options["data.val_images"] = 4
     if content["data"]["class_path"].endswith("AudioDataModule"):
         del options["data.batch_size"]
-        options["data.batch_samples"] = 2000
+        options |= {"data.batch_samples": 2000, "data.num_workers": 0}
         recordings(content["data"]["init_args"], tmp_path)
     if content["data"]["class_path"].endswith("DNADataModule"):
         genomes(content["data"]["init_args"], tmp_path)

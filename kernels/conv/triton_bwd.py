@@ -232,7 +232,7 @@ def causal_conv1d_bwd(
     d_inner, taps = weight.shape
     batch, length, _ = x.shape
     if dx is None:
-        dx = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
+        dx = x.new_empty((batch, length, d_inner))
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if dinitial is not None and has_empty(x, seqs):
         dinitial.zero_() if dfinal_state is None else dinitial.copy_(dfinal_state)
@@ -276,8 +276,8 @@ def causal_conv1d_bwd(
             *state.stride(),
         ),
     )  # fmt: skip
-    dweight = torch.empty((d_inner, taps), dtype=weight.dtype, device=x.device)
-    dbias = None if bias is None else torch.empty((d_inner,), dtype=bias.dtype, device=x.device)
+    dweight = weight.new_empty((d_inner, taps))
+    dbias = None if bias is None else bias.new_empty((d_inner,))
     column_sums(partial, dweight, dbias)
     return dx, dweight, dbias, dinitial
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -119,7 +118,7 @@ def causal_conv1d_fwd(
     check_taps(weight)
     d_inner, taps = weight.shape
     batch, length, _ = x.shape
-    out = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
+    out = x.new_empty((batch, length, d_inner))
     final = x.new_empty(batch if seqs is None else seqs.n, d_inner, taps - 1)
     if has_empty(x, seqs):
         final.zero_() if initial_state is None else final.copy_(initial_state)

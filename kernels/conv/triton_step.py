@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,9 +18,12 @@ from torch import Tensor
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.triton_math import silu
+from ssm_modal.kernels.triton_stores import store_held
 
 # Elements of the windows of one program, and warps.
-TILE, WARPS = 256, 2
+TILE, WARPS = 256, 4
+# Of fewer channels than threads Triton loads a row where it is needed; of as many it exchanges them.
+CHANNELS = 64
 
 
 @triton.jit(do_not_specialize=["x_stride_b"])
@@ -69,7 +71,7 @@ def conv_step_kernel(
         y += tl.load(bias + d * b_stride, mask=d_mask, other=0.0).to(tl.float32)
     if SILU:
         y = silu(y)
-    tl.store(out + row * d_inner + d, y.to(out.dtype.element_ty), mask=d_mask)
+    store_held(out + row * d_inner + d, y.to(out.dtype.element_ty), d_mask)
     # An element is written by another thread than reads what stood there.
     tl.debug_barrier()
     tl.store(
@@ -82,7 +84,7 @@ def conv_step_kernel(
 def _blocks(d_inner: int, taps: int) -> tuple[int, int]:
     """(channels, padded taps) of a program."""
     block_k = 1 << (taps - 1).bit_length()
-    return max(2, min(TILE // block_k, 1 << (d_inner - 1).bit_length())), block_k
+    return max(2, min(TILE // block_k, CHANNELS, 1 << (d_inner - 1).bit_length())), block_k
 
 
 def causal_conv1d_step_triton(
@@ -94,7 +96,7 @@ def causal_conv1d_step_triton(
     """
     batch, d_inner = x.shape
     taps = weight.shape[1]
-    out = torch.empty((batch, d_inner), dtype=x.dtype, device=x.device)
+    out = x.new_empty((batch, d_inner))
     if batch * d_inner == 0:
         return out
     launcher = _launcher(d_inner, taps, bias is not None, silu)

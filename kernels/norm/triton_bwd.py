@@ -21,6 +21,7 @@ from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.norm.launch import AOT_SHAPES, NormLaunch, backward_programs, norm_launch
 from ssm_modal.kernels.norm.triton_common import aot_arguments, aot_config, as_rows, load
 from ssm_modal.kernels.triton_math import sigmoid, silu
+from ssm_modal.kernels.triton_stores import store_held
 from ssm_modal.kernels.triton_sums import column_sums
 
 
@@ -166,7 +167,10 @@ def norm_backward_kernel(
             tl.debug_barrier()
         first += programs * ROWS
     if ONE and WEIGHT:
-        tl.store(partial + c, tl.sum(dweight, 0)[None, :], mask=c < width)
+        if ROWS == 1:
+            tl.store(partial + c, tl.sum(dweight, 0)[None, :], mask=c < width)
+        else:
+            store_held(partial + c, tl.sum(dweight, 0)[None, :], c < width)
 
 
 def rms_norm_bwd(

@@ -18,6 +18,7 @@ from ssm_modal.kernels.norm.launch import AOT_SHAPES, NormLaunch, norm_launch
 from ssm_modal.kernels.norm.ref import residual_dtype
 from ssm_modal.kernels.norm.triton_common import aot_arguments, aot_config, as_rows, load
 from ssm_modal.kernels.triton_math import silu
+from ssm_modal.kernels.triton_stores import store_held
 
 
 @triton.jit
@@ -111,7 +112,10 @@ def norm_forward_kernel(
                 WEIGHT, RESIDUAL, GATE_LAST,
             )  # fmt: skip
             at += BLOCK
-    tl.store(rstd + index, scale, mask=index < count)
+    if ROWS == 1:
+        tl.store(rstd + tl.program_id(0).to(tl.int64), tl.sum(scale, 0))
+    else:
+        store_held(rstd + index, scale, index < count)
 
 
 def rms_norm_fwd(
@@ -135,7 +139,7 @@ def rms_norm_fwd(
     rows = x2.shape[0]
     residual2 = x2 if residual is None else as_rows(residual)
     gate2 = x2 if gate is None else as_rows(gate)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     total = None
     if residual is not None:
         dtype = residual_dtype(residual.dtype, residual_in_fp32)

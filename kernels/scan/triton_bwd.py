@@ -131,11 +131,8 @@ def selective_scan_bwd(
     table = None if seqs is None else seqs.chunks(launch.chunk_size)
     start, end = (None, None) if table is None else (table.start, table.end)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    grads, sums = empty(chunks, d_state, d_inner), empty(chunks, d_inner)
-    dz = None if z is None else torch.empty(shape, dtype=dtype, device=device)
+    grads, sums = A.new_empty((chunks, d_state, d_inner)), A.new_empty((chunks, d_inner))
+    dz = None if z is None else u.new_empty(shape)
     gated = None if y is None else dz
     plan.chunk_grads(
         plan.chunk_grid,
@@ -154,14 +151,14 @@ def selective_scan_bwd(
         descending=not reverse,
     )
 
-    du = torch.empty(shape, dtype=dtype, device=device) if added is None else added
-    ddelta = torch.empty(shape, dtype=dtype, device=device)
+    du = u.new_empty(shape) if added is None else added
+    ddelta = u.new_empty(shape)
     # With dy the gradients know of no gate.
     inner, gate, dgate = (dout, z, dz) if dy is None else (dy, None, None)
     dskip = None if D is None else sums
-    dbias = None if delta_bias is None else empty(chunks, d_inner)
-    partial = torch.zeros(plan.sums_shape, dtype=torch.float32, device=device)
-    scratch = torch.empty(plan.scratch_shape, dtype=torch.float32, device=device)
+    dbias = None if delta_bias is None else A.new_empty((chunks, d_inner))
+    partial = A.new_zeros(plan.sums_shape)
+    scratch = A.new_empty(plan.scratch_shape)
     plan.gradients(
         plan.grid,
         (

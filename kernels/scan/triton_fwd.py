@@ -103,11 +103,11 @@ def selective_scan_fwd(
     table = None if seqs is None else seqs.chunks(launch.chunk_size)
     chunks = plan.chunks if table is None else table.n_chunks
     chunk_start, chunk_end = (None, None) if table is None else (table.start, table.end)
-    out = torch.empty(shape, dtype=u.dtype, device=device) if added is None or keep else added
+    out = u.new_empty(shape) if added is None or keep else added
     y = added if keep else None
-    states = torch.empty((chunks, d_state, d_inner), dtype=torch.float32, device=device)
+    states = A.new_empty((chunks, d_state, d_inner))
     if launch.serial:
-        final = torch.empty((rows, d_state, d_inner), dtype=torch.float32, device=device)
+        final = A.new_empty((rows, d_state, d_inner))
         bounds: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if table is not None and seqs is not None:
             bounds = (seqs.cu_seqlens, seqs.cu_seqlens[1:], table.first)
@@ -117,7 +117,7 @@ def selective_scan_fwd(
             plan.output_numbers,
         )
     else:
-        sums = torch.empty((chunks, d_inner), dtype=torch.float32, device=device)
+        sums = A.new_empty((chunks, d_inner))
         plan.chunk_states(
             (chunks * plan.blocks,),
             (u, delta, A, B, delta_bias, states, sums, chunk_start, chunk_end),

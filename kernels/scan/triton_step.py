@@ -11,45 +11,19 @@ from __future__ import annotations
 import functools
 import itertools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.launching import Launcher
-from ssm_modal.kernels.triton_math import LOG2E, NVIDIA, silu, softplus
+from ssm_modal.kernels.triton_math import LOG2E, silu, softplus
+from ssm_modal.kernels.triton_stores import store_held
 
 # States of one program: few, so that one row of a small model still spreads over many multiprocessors.
 TILE, WARPS = 512, 4
-
-
-@triton.jit
-def _store_row(place, y, mask, BYTES: tl.constexpr):
-    """`tl.store` by the lanes that hold y, several of which may hold the same number.
-
-    Triton would first bring y to lanes one by one, through shared memory.
-    """
-    if not NVIDIA:
-        tl.store(place, y, mask=mask)
-    elif BYTES == 2:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.b16 [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,h,r",
-            [place.to(tl.int64, bitcast=True), y.to(tl.int16, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r,r",
-            [place.to(tl.int64, bitcast=True), y.to(tl.int32, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+# Of fewer channels than threads Triton loads a row where it is needed; of as many it exchanges them.
+CHANNELS = 64
 
 
 @triton.jit(do_not_specialize=["u_stride", "delta_stride", "z_stride", "B_stride_b", "C_stride_b"])
@@ -126,8 +100,7 @@ def scan_step_kernel(
         y += tl.load(D + d, mask=d_mask, other=0.0) * x
     if HAS_Z:
         y *= silu(tl.load(z + row * z_stride + d, mask=d_mask, other=0.0).to(tl.float32))
-    BYTES: tl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
-    _store_row(out + row * d_inner + d, y.to(out.dtype.element_ty), d_mask, BYTES)
+    store_held(out + row * d_inner + d, y.to(out.dtype.element_ty), d_mask)
     at = row * w_stride_b + wide_d[:, None] * w_stride_d + n[None, :].to(tl.int64) * w_stride_n
     tl.store(new_state + at, h, mask=mask)
 
@@ -135,7 +108,7 @@ def scan_step_kernel(
 def _blocks(d_inner: int, d_state: int) -> tuple[int, int]:
     """(channels, padded states) of a program."""
     block_n = 1 << (d_state - 1).bit_length()
-    return max(2, min(TILE // block_n, 1 << (d_inner - 1).bit_length())), block_n
+    return max(2, min(TILE // block_n, CHANNELS, 1 << (d_inner - 1).bit_length())), block_n
 
 
 def _row(t: Tensor) -> Tensor:
@@ -162,7 +135,7 @@ def selective_scan_step_triton(
     """
     batch, d_inner = u.shape
     d_state, groups = A.shape[1], B.shape[1]
-    out = torch.empty((batch, d_inner), dtype=u.dtype, device=u.device)
+    out = u.new_empty((batch, d_inner))
     if batch * d_inner == 0:
         return out
     u, delta = _row(u), _row(delta)

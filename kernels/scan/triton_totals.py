@@ -20,6 +20,7 @@ from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.scan.channel_sum import memory_states
 from ssm_modal.kernels.scan.launch import padded_state
 from ssm_modal.kernels.scan.staging import WARP
+from ssm_modal.kernels.triton_stores import store_held
 
 # A program adds up this many channels, in tiles of at most so many chunks.
 CHANNELS, MOST_CHUNKS = 32, 128
@@ -38,7 +39,7 @@ def _add_up(at, to, chunks, apart, c, mask, ROWS: tl.constexpr, BLOCK: tl.conste
         sums += tl.load(at, mask=mask[None, :] & (i + r < chunks)[:, None], other=0.0)
         at += ROWS * apart.to(tl.int64)
         i += ROWS
-    tl.store(to, tl.sum(sums, 0), mask=mask)
+    store_held(to, tl.sum(sums, 0), mask)
 
 
 @triton.jit(do_not_specialize=["chunks", "d_inner", "d_state"])

@@ -28,22 +28,33 @@ _LISTS = (("validation_list.txt", "validation"), ("testing_list.txt", "test"))
 
 
 def free_spoken_digits(
-    path: str | os.PathLike[str], left_out_speaker: str | None = None, *, skip_bad: bool = False
+    path: str | os.PathLike[str],
+    left_out_speaker: str | None = None,
+    validation_speaker: str | None = None,
+    *,
+    skip_bad: bool = False,
 ) -> Found:
     """Free Spoken Digits (`{digit}_{speaker}_{index}.wav`) in the folder `path`, label: the digit.
 
     The official split of the data set: index 0-4 "test"; of the rest 5-9 "validation", 10-49 "train".
     With `left_out_speaker` all recordings of that speaker are "test" and no others: the other speakers' 5-9
-    are "validation", their rest, 0-4 with them, "train".
+    are "validation", their rest, 0-4 with them, "train". With `validation_speaker` too all recordings of that
+    one are "validation" and no others, and of the remaining speakers everything is "train": a choice made by
+    a speaker unheard in training, while nothing of the one left out is looked at.
 
-    Raises as `find_recordings`, and ValueError for a speaker who is not there, naming those who are.
+    Raises as `find_recordings`, and ValueError for a speaker who is not there, naming those who are, for the
+    same speaker twice, and for a `validation_speaker` without a `left_out_speaker`.
     """
     regex = re.compile(DIGIT_NAME)
     found = find_recordings(path, "pattern", pattern=DIGIT_NAME, suffixes=(".wav",), skip_bad=skip_bad)
     speakers = {r.speaker for r in found.recordings if r.speaker is not None}
-    if left_out_speaker is not None and left_out_speaker not in speakers:
+    for name, speaker in (("left_out_speaker", left_out_speaker), ("validation_speaker", validation_speaker)):
+        if speaker is not None and speaker not in speakers:
+            raise ValueError(f"{name} is {speaker!r}, expected one of {', '.join(sorted(speakers))}")
+    if validation_speaker is not None and left_out_speaker in (None, validation_speaker):
         raise ValueError(
-            f"left_out_speaker is {left_out_speaker!r}, expected one of {', '.join(sorted(speakers))}"
+            f"validation_speaker is {validation_speaker!r} with left_out_speaker {left_out_speaker!r}, "
+            "expected another speaker left out: what the test is to be made on"
         )
 
     def split(recording: Recording) -> str:
@@ -52,6 +63,8 @@ def free_spoken_digits(
         index = int(match["index"])
         if left_out_speaker is not None and recording.speaker == left_out_speaker:
             return "test"
+        if validation_speaker is not None:
+            return "validation" if recording.speaker == validation_speaker else "train"
         if 5 <= index < 10:
             return "validation"
         return "test" if index < 5 and left_out_speaker is None else "train"

@@ -20,6 +20,7 @@ from ssm_modal.layers.moe import MoE, MoEConfig, collect_routing, load_balancing
 from ssm_modal.layers.norm import RMSNorm
 from ssm_modal.layers.reverse_complement import Strands, StrandsConfig
 from ssm_modal.layers.s4d import S4D, S4DConfig, S4DState, set_time_step_scale
+from ssm_modal.layers.spec_augment import SpecAugmentConfig
 
 __all__ = [
     "Attention",
@@ -46,6 +47,7 @@ __all__ = [
     "S4D",
     "S4DConfig",
     "S4DState",
+    "SpecAugmentConfig",
     "Strands",
     "StrandsConfig",
     "StridedWaveformConfig",

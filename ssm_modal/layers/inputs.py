@@ -25,6 +25,11 @@ from ssm_modal.state import State
 class InputConfig(Config):
     """Base of the input layers' configs."""
 
+    @property
+    def needs_whole(self) -> str | None:
+        """The field by whose value the layer needs whole sequences, None where chunks of a stream will do."""
+        return None
+
     def build(self, d_model: int) -> InputLayer:
         """The layer this config describes, giving vectors of width `d_model`."""
         raise NotImplementedError(f"{type(self).__name__} describes no layer")
@@ -76,6 +81,10 @@ class VectorsConfig(InputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("VectorsConfig", channels=self.channels, positions=self.positions)
+
+    @property
+    def needs_whole(self) -> str | None:
+        return None if self.positions is None else "positions"
 
     def build(self, d_model: int) -> VectorsInput:
         return VectorsInput(d_model, self)
@@ -219,6 +228,7 @@ class StridedWaveformInput(InputLayer):
     def __init__(self, d_model: int, config: StridedWaveformConfig) -> None:
         super().__init__()
         self.config = config
+        self.width = d_model  # of what `_embed` gives
         self.conv = nn.Linear(config.kernel, d_model)  # one row a window
         self.proj = nn.Linear(d_model, d_model)
 
@@ -267,11 +277,11 @@ class StridedWaveformInput(InputLayer):
         if x.shape[1] > wait:
             out = self._embed(source[:, wait:].unfold(1, kernel, stride))
         else:
-            out = self.proj.weight.new_zeros(x.shape[0], 0, self.proj.out_features)
+            out = self.proj.weight.new_zeros(x.shape[0], 0, self.width)
         return out, None, StridedState(source[:, x.shape[1] :].clone(), state.seen + x.shape[1])
 
     def _embed(self, windows: Tensor) -> Tensor:
-        """(..., kernel) samples to (..., d_model)."""
+        """(..., kernel) samples to (..., width)."""
         windows = windows.to(self.conv.weight.dtype) * self.config.scale
         return self.proj(F.gelu(self.conv(windows)))
 

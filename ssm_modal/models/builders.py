@@ -133,11 +133,11 @@ def audio_classifier_s4d() -> SequenceClassifierConfig:
 
 @register_model
 def audio_classifier_filterbank() -> SequenceClassifierConfig:
-    """Ten classes of waveforms at 8 kHz: log energies of learned filters every 10 ms under Mamba in both
-    directions."""
+    """Ten classes of waveforms at 8 kHz: log energies of learned filters every 10 ms, relative to each
+    recording's loudness and spectrum, under Mamba in both directions."""
     return SequenceClassifierConfig(
         n_classes=10,
-        input=FilterbankConfig(),
+        input=FilterbankConfig(normalize="mean", floor=1e-4),
         backbone=BackboneConfig(
             d_model=64, n_layers=4, mixer=MambaConfig(), dropout=0.1, bidirectional=BidirectionalConfig()
         ),

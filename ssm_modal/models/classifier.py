@@ -63,12 +63,6 @@ class SequenceClassifierConfig(ModelConfig):
         if self.strands is not None and not isinstance(self.input, IdsConfig):
             raise ConfigError(f"{name}: strands is set, but the input is {self.input.type!r}, not ids")
 
-        if getattr(self.input, "positions", None) is not None and self.causal:
-            raise ConfigError(
-                f"{name}: input.positions is set with a causal backbone, whose chunks do not know where they "
-                "stand, expected None or a bidirectional one"
-            )
-
     @property
     def causal(self) -> bool:
         """Whether no layer sees the future."""
@@ -79,6 +73,14 @@ class SequenceClassifierConfig(ModelConfig):
         return self.backbone
 
     def build(self) -> SequenceClassifier:
+        """Raises ConfigError for a causal backbone under an input layer that needs whole sequences."""
+        whole = self.input.needs_whole
+        if whole is not None and self.causal:
+            raise ConfigError(
+                f"SequenceClassifierConfig: input.{whole} is set with a causal backbone, but it needs the "
+                "whole sequence, of which a chunk knows neither its place nor the rest; expected it unset or "
+                "a bidirectional one"
+            )
         return SequenceClassifier(self)
 
 

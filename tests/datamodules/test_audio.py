@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import os
 import pickle
 from collections import Counter
@@ -210,6 +211,65 @@ def test_parts_cover_each_recording_end_to_end() -> None:
     assert [p.recording.tolist() for p in with_budget.evaluation()] == [[0, 1], [2], [3, 4], [5]]
 
 
+def test_rooms_add_a_decaying_tail_to_half_of_the_recordings() -> None:
+    """The impulse stays as it is; what follows has the energy and the decay that were drawn."""
+    pytest.importorskip("torchaudio")
+    impulse = torch.zeros(8000)
+    impulse[1000] = 0.5
+    outs = [Augmentation(reverb_seconds=0.4)(impulse, 8000, derived_generator("room", i)) for i in range(200)]
+    assert all(out.shape == (8000,) for out in outs)
+    heard = [out for out in outs if not torch.equal(out, impulse)]
+    assert 70 < len(heard) < 130
+    levels, ends = [], []
+    for out in heard:
+        assert out[:1000].abs().max() < 1e-5
+        assert float(out[1000]) == pytest.approx(0.5, abs=1e-4)
+        tail = out[1001:]
+        levels.append(-10 * math.log10(float(tail.square().sum()) / 0.25))
+        ends.append(int((tail.abs() > 5e-6).nonzero().max()) + 1)
+        if ends[-1] > 1000:  # half as long, 30 dB
+            half = ends[-1] // 2
+            early, late = tail[: ends[-1] // 5], tail[half : half + ends[-1] // 5]
+            assert 10 * math.log10(float(early.square().sum() / late.square().sum())) == pytest.approx(
+                30, abs=4
+            )
+    assert -0.01 < min(levels) < 2
+    assert 18 < max(levels) < 20.01
+    assert 2800 < max(ends) <= 3200
+
+
+def test_half_of_the_recordings_are_padded_with_silence() -> None:
+    pytest.importorskip("torchaudio")
+    wave = torch.rand(500) + 0.1
+    padded = []
+    for i in range(100):
+        out = Augmentation(pad_seconds=0.01)(wave * 0.5, 8000, derived_generator("pad", i))
+        before = int((out > 0).int().argmax())
+        assert torch.equal(out[before : before + 500], wave * 0.5)
+        after = len(out) - before - 500
+        assert int((out > 0).sum()) == 500
+        padded += [(before, after)] if len(out) > 500 else []
+    assert 30 < len(padded) < 70
+    for side in zip(*padded):
+        assert min(side) < 10
+        assert 70 < max(side) <= 80
+
+
+def test_noise_falls_by_its_slope() -> None:
+    pytest.importorskip("torchaudio")
+    wave = 0.05 * torch.sin(torch.arange(1 << 15))
+    for slope in (0.0, 3.0, 6.0):
+        augment = Augmentation(noise_snr_db=(10.0, 10.0), noise_slope_db=(slope, slope))
+        noise = augment(wave, 8000, derived_generator("slope")) - wave
+        assert 10 * math.log10(float(wave.square().sum() / noise.square().sum())) == pytest.approx(
+            10, abs=0.1
+        )
+        power = torch.fft.rfft(noise).abs().square()
+        octaves = [float(power[1 << k : 2 << k].mean()) for k in range(8, 14)]
+        falls = [10 * math.log10(a / b) for a, b in itertools.pairwise(octaves)]
+        assert sum(falls) / len(falls) == pytest.approx(slope, abs=0.25)
+
+
 def test_augmentation_does_what_it_says() -> None:
     pytest.importorskip("torchaudio")
     wave = torch.rand(4000) * 0.2 + 0.1
@@ -253,6 +313,10 @@ def test_augmentation_does_what_it_says() -> None:
         ({"speed": (0.0, 1.0)}, "speed is"),
         ({"equalize_db": -2.0}, "equalize_db is -2.0"),
         ({"mask_seconds": float("inf")}, "mask_seconds is inf"),
+        ({"reverb_seconds": -0.1}, "reverb_seconds is -0.1"),
+        ({"pad_seconds": -1.0}, "pad_seconds is -1.0"),
+        ({"noise_snr_db": (10.0, 20.0), "noise_slope_db": (3.0, 0.0)}, "noise_slope_db is"),
+        ({"noise_slope_db": (0.0, 3.0)}, "noise_slope_db is .* without noise_snr_db"),
     ):
         with pytest.raises(ValueError, match=word):
             Augmentation(**options)  # type: ignore[arg-type]
@@ -404,11 +468,20 @@ def test_presets_are_found_below_the_data_folder(tmp_path: Path, monkeypatch: py
     assert [len(data.clips(s)) for s in ("train", "validation", "test")] == [4, 2, 2]
     held = AudioDataModule(source="free_spoken_digits", sample_rate=8000, left_out_speaker="ann")
     assert [len(held.clips(s)) for s in ("train", "validation", "test")] == [0, 0, 8]
+    for i in range(3):
+        write_wav(tmp_path / "audio" / "fsdd" / "recordings" / f"8_bob_{i}.wav", torch.rand(30), 8000)
+    nested = AudioDataModule(
+        source="free_spoken_digits",
+        sample_rate=8000,
+        left_out_speaker="ann",
+        validation_speaker="bob",
+    )
+    assert [len(nested.clips(s)) for s in ("train", "validation", "test")] == [0, 3, 8]
     unlabelled = AudioDataModule(
         str(tmp_path), "unlabelled", sample_rate=16000, resample=True, layout="windows", input="mu_law"
     )
     assert unlabelled.classes == ()
-    assert len(unlabelled.clips("train")) == 8
+    assert len(unlabelled.clips("train")) == 9
     assert set(unlabelled.batches("train").make_training(0, 0, 1)["classes"].tolist()) == {-100}
     monkeypatch.delenv("SSM_MODAL_DATA")
     with pytest.raises(ValueError, match="the environment variable SSM_MODAL_DATA is not set"):
@@ -439,6 +512,7 @@ def test_bad_arguments_are_named(folder: Path) -> None:
         ({"pattern": "(a)"}, "pattern is given with source 'folder'"),
         ({"source": "pattern"}, 'pattern is None with source "pattern"'),
         ({"left_out_speaker": "ann"}, "left_out_speaker is given with source 'folder'"),
+        ({"validation_speaker": "ann"}, "validation_speaker is given with source 'folder'"),
         ({"unknown": True}, "unknown is given"),
         ({"words": 10}, "words is given with source 'folder'"),
         ({"source": "manifest", "suffixes": [".aif"]}, "suffixes is given with source 'manifest'"),

@@ -189,12 +189,11 @@ def test_every_place_in_shared_memory_is_one_lanes() -> None:
 
 
 STEP = """
-from ssm_modal.kernels.aot import compile_case
-from ssm_modal.kernels.scan.triton_step import aot_cases
+from ssm_modal.kernels.aot import collect, compile_case
 
-for case in aot_cases():
-    if case.args["d_state"] <= 16:
-        print(case.config, compile_case(case).metadata.shared, sep=": ")
+for case in collect(["ssm_modal.kernels.scan.triton_step", "ssm_modal.kernels.conv.triton_step"]):
+    if case.args.get("d_state", case.args.get("K")) <= (16 if "d_state" in case.args else 4):
+        print(case.name, case.config, compile_case(case).metadata.shared, sep=": ")
 """
 
 
@@ -203,4 +202,4 @@ def test_a_step_goes_without_shared_memory() -> None:
     """Lanes that share a channel hold its output all of them: none of them may hand it on through there."""
     done = run_without_interpreter(STEP, 280)
     assert done.returncode == 0, done.stderr
-    assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == ["0"] * 6
+    assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == ["0"] * 8

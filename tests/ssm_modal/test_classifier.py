@@ -338,4 +338,4 @@ def test_vectors_with_positions_packed_are_what_they_are_one_by_one() -> None:
     with pytest.raises(ValueError, match="VectorsInput: x has 14 steps, expected at most 13, the positions"):
         model(torch.zeros(1, 14, 2, dtype=FP64))
     with pytest.raises(ConfigError, match=r"input\.positions is set with a causal backbone"):
-        small("strided").config.with_overrides({"input": VECTORS})
+        small("strided").config.with_overrides({"input": VECTORS}).build()

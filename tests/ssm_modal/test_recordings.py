@@ -214,8 +214,19 @@ def test_free_spoken_digits_official_and_left_out(tmp_path: Path) -> None:
     assert [rest[i] for i in (0, 4, 5, 9, 10, 49)] == [
         *("train", "train", "validation", "validation", "train", "train")
     ]
-    with pytest.raises(ValueError, match="left_out_speaker is 'eve', expected one of ann, bob"):
-        free_spoken_digits(tmp_path, "eve")
+    touch(*(tmp_path / f"{d}_cid_{i}.wav" for d in (0, 7) for i in (0, 5, 10)))
+    nested = free_spoken_digits(tmp_path, "bob", "ann").recordings
+    assert {(r.speaker, r.split) for r in nested} == {
+        *(("ann", "validation"), ("bob", "test"), ("cid", "train"))
+    }
+    for names, message in (
+        (("eve",), "left_out_speaker is 'eve', expected one of ann, bob, cid"),
+        (("ann", "eve"), "validation_speaker is 'eve', expected one of ann, bob, cid"),
+        (("ann", "ann"), "validation_speaker is 'ann' with left_out_speaker 'ann', expected another"),
+        ((None, "ann"), "validation_speaker is 'ann' with left_out_speaker None, expected another"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            free_spoken_digits(tmp_path, *names)
     touch(tmp_path / "seven_ann_1.wav")
     with pytest.raises(AudioError, match=r"seven_ann_1\.wav: has no label"):
         free_spoken_digits(tmp_path)

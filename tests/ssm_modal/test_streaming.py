@@ -31,7 +31,11 @@ def audio_models() -> list[str]:
 
 def causal(name: str) -> SequenceClassifier:
     torch.manual_seed(1)
-    model = ssm_modal.create_model(name, bidirectional=None, d_model=8, n_layers=2, d_state=4)
+    config = model_config(name)
+    assert isinstance(config, SequenceClassifierConfig)
+    whole = config.input.needs_whole
+    options = {} if whole is None else {whole: "none"}
+    model = ssm_modal.create_model(name, **options, bidirectional=None, d_model=8, n_layers=2, d_state=4)
     assert isinstance(model, SequenceClassifier)
     return model.double()
 
