@@ -32,6 +32,7 @@ from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.scan.channel_sum import channel_sum, memory_states, sums_bytes
 from ssm_modal.kernels.scan.chunk_kernels import chunk_grad_kernel
+from ssm_modal.kernels.scan.decays import decay
 from ssm_modal.kernels.scan.grad_kernels import grad_kernel
 from ssm_modal.kernels.scan.keeping import kept_states
 from ssm_modal.kernels.scan.launch import (
@@ -317,6 +318,7 @@ def _launchers(
         ),
         **bringing(d_state, launch.fwd_block, dtype, chunk_brought),
         **row_copies(dtype, launch.fwd_block, chunk_copied),
+        **decay(d_state, launch.fwd_block, launch.polynomials),
         "BLOCK_D": launch.fwd_block,
         "FULL_D": group_channels % launch.fwd_block == 0,
         "maxnreg": launch.fwd_registers,
@@ -431,6 +433,7 @@ def aot_cases(gated: bool = False) -> list[AotCase]:
                     not packed and d_state * DTYPES[dtype].itemsize % 16 == 0,
                 ),
                 **row_copies(DTYPES[dtype], launch.fwd_block, not packed),
+                **decay(d_state, launch.fwd_block, launch.polynomials),
                 "BLOCK_D": launch.fwd_block,
                 "BLOCK_N": padded_state(d_state),
                 "FULL_D": not packed,

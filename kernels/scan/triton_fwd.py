@@ -20,6 +20,7 @@ from torch import Tensor
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.scan.chunk_kernels import chunk_state_kernel
+from ssm_modal.kernels.scan.decays import decay
 from ssm_modal.kernels.scan.launch import (
     ScanLaunch,
     boundaries_shape,
@@ -236,9 +237,11 @@ def _launchers(
         launch, d_state, dtype, group_channels, softplus, packed, reverse, wide, brought, copied, added
     )
     registers = launch.serial_registers if launch.serial else launch.fwd_registers
+    states = decay(d_state, launch.fwd_block, launch.polynomials)
+    outputs = decay(d_state, launch.fwd_block, launch.output_polynomials)
     return (
-        Launcher(chunk_state_kernel, constants | {"maxnreg": launch.fwd_registers}),
-        Launcher(output_kernel, constants | {"SERIAL": launch.serial, "maxnreg": registers}),
+        Launcher(chunk_state_kernel, constants | states | {"maxnreg": launch.fwd_registers}),
+        Launcher(output_kernel, constants | outputs | {"SERIAL": launch.serial, "maxnreg": registers}),
     )
 
 
@@ -331,7 +334,7 @@ def aot_cases(added: bool = False) -> list[AotCase]:
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
             if not launch.serial:
                 args = shared | {k: v for k, v in strides.items() if k.split("_")[0] in ("u", "delta", "b")}
-                args |= {"sums_ptr": "*fp32"}
+                args |= {"sums_ptr": "*fp32", **decay(d_state, launch.fwd_block, launch.polynomials)}
                 cases.append(
                     AotCase(
                         chunk_state_kernel,
@@ -342,7 +345,7 @@ def aot_cases(added: bool = False) -> list[AotCase]:
                         minor=minor,
                     )
                 )
-            args = shared | strides
+            args = shared | strides | decay(d_state, launch.fwd_block, launch.output_polynomials)
             args |= {
                 "c_ptr": shared["b_ptr"],
                 "skip_ptr": "*fp32",
