@@ -73,7 +73,7 @@ def conv(options: Options) -> Report:
     dout = normal(batch, length, d_inner)
     bars = options.bars(Bar(FORWARD, 0.15), Bar(TRAINING, 0.40))
     report = Report("conv", f"B{batch} D{d_inner} L{length} width 4 {short(dtype)}", OURS, bars=bars)
-    verify = _conv_reference(x, weight, bias, dout)
+    verify = conv_reference(x, weight, bias, dout)
     given = (leaf(x), leaf(weight), leaf(bias))
 
     def ours(given: Sequence[Tensor]) -> Tensor:
@@ -122,7 +122,7 @@ def _torch_conv(given: Sequence[Tensor]) -> Tensor:
     return F.silu(padded[..., : x.shape[2]])
 
 
-def _conv_reference(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor) -> Verify:
+def conv_reference(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor) -> Verify:
     """On some channels in fp64: channels do not meet."""
     some = spread(x.shape[2], 16, x.device)
     given = tuple(leaf(t.double()) for t in (x[..., some].transpose(1, 2), weight[some], bias[some]))

@@ -38,6 +38,8 @@ MOST = 1024
 class Made(NamedTuple):
     """A launch that was made: what its repetition hands over."""
 
+    compiled: Any
+    """What Triton chose; kept, for `function` is a handle of its own."""
     run: Callable[..., None]
     function: Any
     packed_metadata: Any
@@ -94,7 +96,7 @@ class Launcher:
         if made is None or not DIRECT or _watched() or self.kernel.pre_run_hooks:
             self._ordinary(grid, pointers, numbers, whole)
             return
-        run, function, packed, stream, rest = made
+        _, run, function, packed, stream, rest = made
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, stream(device), function, packed, None, None, None, *addresses, *rest)
 
@@ -113,7 +115,9 @@ class Launcher:
         names = self.kernel.arg_names[len(pointers) + len(numbers) :]
         rest = (*numbers, *(self.constants[name] for name in names))
         stream = triton.runtime.driver.active.get_current_stream
-        self._made[key] = Made(compiled.run, compiled.function, compiled.packed_metadata, stream, rest)
+        self._made[key] = Made(
+            compiled, compiled.run, compiled.function, compiled.packed_metadata, stream, rest
+        )
 
 
 def repeatable(kernel: Any, compiled: Any) -> bool:

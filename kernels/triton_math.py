@@ -45,9 +45,10 @@ def silu(x):
 def softplus(x):
     """log(1 + e^x), relatively accurate down to the smallest normal number.
 
-    max(x, 0) + log1p(e) with e = e^-|x| in (0, 1], and log1p(e) = 2 artanh(e / (2 + e)) as a series, which
-    keeps results below 1e-7 where log(1 + e) loses them. Above torch's threshold of 20 log1p(e) is below half
-    a unit in the last place of x.
+    max(x, 0) + log1p(e) with e = e^-|x| in (0, 1], and log1p(e) = 2 artanh(s), s = e / (2 + e), which keeps
+    results below 1e-7 where log(1 + e) loses them. For (artanh(s) / s - 1) / s^2 stands a cubic in
+    s^2 <= 1/9, the one whose largest relative error in artanh is least: 4.5e-9 (Remez). Above torch's
+    threshold of 20 log1p(e) is below half a unit in the last place of x.
     """
     e = tl.exp2(-tl.abs(x) * LOG2E)
     if NVIDIA:
@@ -57,9 +58,8 @@ def softplus(x):
     else:
         s = e / (2.0 + e)
     q = s * s
-    p = 1.0 / 11.0 + q * (1.0 / 13.0)
-    p = 1.0 / 9.0 + q * p
-    p = 1.0 / 7.0 + q * p
-    p = 1.0 / 5.0 + q * p
-    p = 1.0 / 3.0 + q * p
-    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + q * p)
+    p = 0.14000902700905876 + q * 0.14005993124590804
+    p = 0.20010763615125268 + q * p
+    p = 0.3333320814293106 + q * p
+    s += s
+    return tl.maximum(x, 0.0) + (s + s * q * p)

@@ -54,6 +54,17 @@ def _push(window, grads, x_row, dout_row, taps, shift, K: tl.constexpr, SILU: tl
 
 
 @triton.jit
+def _rows(x_scan, x_step, g_scan, g_step, s, end, d_mask, UNROLL: tl.constexpr):
+    """The inputs and dL/dout of steps s ... s + UNROLL - 1; zeros from step `end` on."""
+    rows = ()
+    upstream = ()
+    for u in tl.static_range(UNROLL):
+        rows = rows + (tl.load(x_scan + (s + u) * x_step, mask=d_mask & (s + u < end), other=0.0),)
+        upstream = upstream + (tl.load(g_scan + (s + u) * g_step, mask=d_mask & (s + u < end), other=0.0),)
+    return rows, upstream
+
+
+@triton.jit
 def _state_gradients(
     before, grads, dtaps, taps, kept, f_stride_k, dinitial_row, n, starts,
     K: tl.constexpr, HAS_DFINAL: tl.constexpr,
@@ -164,13 +175,13 @@ def conv_backward_kernel(
         )  # fmt: skip
 
     e = s0
+    rows, upstream = _rows(x_scan, x_step, g_scan, g_step, e + (K - 1), n, d_mask, UNROLL)
     while e < s1:
-        rows = ()
-        upstream = ()
-        for u in tl.static_range(UNROLL):
-            s = e + u + (K - 1)
-            rows = rows + (tl.load(x_scan + s * x_step, mask=d_mask & (s < n), other=0.0),)
-            upstream = upstream + (tl.load(g_scan + s * g_step, mask=d_mask & (s < n), other=0.0),)
+        # The next steps are on their way while these are worked on.
+        ahead = e + UNROLL
+        next_rows, next_upstream = _rows(
+            x_scan, x_step, g_scan, g_step, ahead + (K - 1), tl.minimum(n, s1 + (K - 1)), d_mask, UNROLL
+        )
         for u in tl.static_range(UNROLL):
             # Then window[0] is the input at e + u, and grads[j] is g at e + u + j. Steps past the sequence
             # bring zeros, and chunks end at s1 < n on a whole round: nothing is counted twice.
@@ -188,7 +199,9 @@ def conv_backward_kernel(
                     at = kept + (e + u - n + K - 1) * f_stride_k
                     value += tl.load(at, mask=d_mask, other=0.0).to(tl.float32)
             tl.store(dx_scan + (e + u) * dx_step, value.to(dx.dtype.element_ty), mask=d_mask & (e + u < s1))
-        e += UNROLL
+        e = ahead
+        rows = next_rows
+        upstream = next_upstream
 
     at = partial + chunk.to(tl.int64) * (K + 1) * d_inner + d
     for j in tl.static_range(K):
@@ -219,7 +232,7 @@ def causal_conv1d_bwd(
     d_inner, taps = weight.shape
     batch, length, _ = x.shape
     if dx is None:
-        dx = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
+        dx = x.new_empty((batch, length, d_inner))
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if dinitial is not None and has_empty(x, seqs):
         dinitial.zero_() if dfinal_state is None else dinitial.copy_(dfinal_state)
@@ -227,7 +240,7 @@ def causal_conv1d_bwd(
         dbias = None if bias is None else bias.new_zeros(bias.shape)
         return dx, weight.new_zeros(weight.shape), dbias, dinitial
     if launch is None:
-        launch = conv_launch(batch * length, d_inner, taps, True)
+        launch = conv_launch(batch * length, d_inner, taps, True, x.element_size())
     chunks, tables, per_row = plan(x, seqs, launch.steps)
     partial = torch.empty((chunks, taps + 1, d_inner), dtype=torch.float32, device=x.device)
     state = x if initial_state is None else initial_state
@@ -263,8 +276,8 @@ def causal_conv1d_bwd(
             *state.stride(),
         ),
     )  # fmt: skip
-    dweight = torch.empty((d_inner, taps), dtype=weight.dtype, device=x.device)
-    dbias = None if bias is None else torch.empty((d_inner,), dtype=bias.dtype, device=x.device)
+    dweight = weight.new_empty((d_inner, taps))
+    dbias = None if bias is None else bias.new_empty((d_inner,))
     column_sums(partial, dweight, dbias)
     return dx, dweight, dbias, dinitial
 
@@ -291,7 +304,9 @@ def _launcher(
         "SILU": silu,
         "REVERSE": reverse,
     }
-    return Launcher(conv_backward_kernel, constants | {"num_warps": launch.warps})
+    return Launcher(
+        conv_backward_kernel, constants | {"num_warps": launch.warps, "maxnreg": launch.registers}
+    )
 
 
 def aot_cases() -> list[AotCase]:
@@ -299,7 +314,7 @@ def aot_cases() -> list[AotCase]:
     cases = []
     for (taps, every, d_inner), dtype in itertools.product(AOT_SHAPES, ("fp32", "bf16")):
         config = f"d_conv {taps} {dtype}{' packed reverse state' if every else ''}"
-        launch = conv_launch(2048, d_inner, taps, True)
+        launch = conv_launch(2048, d_inner, taps, True, 4 if dtype == "fp32" else 2)
         given = aot_arguments(taps, dtype, every, d_inner, launch)
         given |= dict.fromkeys(("dout", "dfinal", "dx", "dinitial"), "*" + dtype)
         given |= {"partial": "*fp32", "HAS_DFINAL": every}
@@ -307,6 +322,13 @@ def aot_cases() -> list[AotCase]:
         given |= {"f_stride_r": d_inner * (taps - 1), "f_stride_d": taps - 1, "f_stride_k": 1}
         given |= {"dx_stride_b": 2048 * d_inner, "dx_stride_l": d_inner}
         cases.append(
-            AotCase(conv_backward_kernel, config, given, num_warps=launch.warps, minor=dtype == "fp32")
+            AotCase(
+                conv_backward_kernel,
+                config,
+                given,
+                num_warps=launch.warps,
+                maxnreg=launch.registers,
+                minor=dtype == "fp32",
+            )
         )
     return cases

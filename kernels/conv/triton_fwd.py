@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -119,14 +118,14 @@ def causal_conv1d_fwd(
     check_taps(weight)
     d_inner, taps = weight.shape
     batch, length, _ = x.shape
-    out = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
+    out = x.new_empty((batch, length, d_inner))
     final = x.new_empty(batch if seqs is None else seqs.n, d_inner, taps - 1)
     if has_empty(x, seqs):
         final.zero_() if initial_state is None else final.copy_(initial_state)
     if x.numel() == 0:
         return out, final
     if launch is None:
-        launch = conv_launch(batch * length, d_inner, taps, False)
+        launch = conv_launch(batch * length, d_inner, taps, False, x.element_size())
     chunks, tables, per_row = plan(x, seqs, launch.steps)
     state = x if initial_state is None else initial_state
     launcher = _launcher(
@@ -176,7 +175,7 @@ def _launcher(
         "SILU": silu,
         "REVERSE": reverse,
     }
-    return Launcher(conv_forward_kernel, constants | {"num_warps": launch.warps})
+    return Launcher(conv_forward_kernel, constants | {"num_warps": launch.warps, "maxnreg": launch.registers})
 
 
 def aot_cases() -> list[AotCase]:
@@ -184,10 +183,17 @@ def aot_cases() -> list[AotCase]:
     cases = []
     for (taps, every, d_inner), dtype in itertools.product(AOT_SHAPES, ("fp32", "bf16")):
         config = f"d_conv {taps} {dtype}{' packed reverse state' if every else ''}"
-        launch = conv_launch(2048, d_inner, taps, False)
+        launch = conv_launch(2048, d_inner, taps, False, 4 if dtype == "fp32" else 2)
         given = aot_arguments(taps, dtype, every, d_inner, launch)
         given |= dict.fromkeys(("out", "final_state"), "*" + dtype) | {"out_stride_b": 2048 * d_inner}
         cases.append(
-            AotCase(conv_forward_kernel, config, given, num_warps=launch.warps, minor=dtype == "fp32")
+            AotCase(
+                conv_forward_kernel,
+                config,
+                given,
+                num_warps=launch.warps,
+                maxnreg=launch.registers,
+                minor=dtype == "fp32",
+            )
         )
     return cases

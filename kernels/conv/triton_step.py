@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,7 +96,7 @@ def causal_conv1d_step_triton(
     """
     batch, d_inner = x.shape
     taps = weight.shape[1]
-    out = torch.empty((batch, d_inner), dtype=x.dtype, device=x.device)
+    out = x.new_empty((batch, d_inner))
     if batch * d_inner == 0:
         return out
     launcher = _launcher(d_inner, taps, bias is not None, silu)

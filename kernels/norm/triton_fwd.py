@@ -139,7 +139,7 @@ def rms_norm_fwd(
     rows = x2.shape[0]
     residual2 = x2 if residual is None else as_rows(residual)
     gate2 = x2 if gate is None else as_rows(gate)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     total = None
     if residual is not None:
         dtype = residual_dtype(residual.dtype, residual_in_fp32)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ssm_modal.kernels.checks import check_flags, check_same, check_shape
 from ssm_modal.kernels.dispatch import resolve
 from ssm_modal.kernels.scan.bidirectional_custom_op import scan_both
-from ssm_modal.kernels.scan.custom_op import scan
+from ssm_modal.kernels.scan.custom_op import grouped, scan
 from ssm_modal.kernels.scan.direction import ScanDirection
 from ssm_modal.kernels.scan.op import check_scan
 from ssm_modal.kernels.sequences import Sequences
@@ -82,7 +82,7 @@ def _checked(
 ) -> tuple[ScanDirection, Sequences | None]:
     """The direction with B and C as (batch, length, groups, d_state), and the sequences."""
     try:
-        B, C, seqs = check_scan(u, x.delta, x.A, x.B, x.C, x.D, z, x.delta_bias, None, cu_seqlens)
+        seqs = check_scan(u, x.delta, x.A, x.B, x.C, x.D, z, x.delta_bias, None, cu_seqlens)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{OP}: {name}: {error}") from error
-    return ScanDirection(x.delta, x.A, B, C, x.D, x.delta_bias), seqs
+    return ScanDirection(x.delta, x.A, grouped(x.B), grouped(x.C), x.D, x.delta_bias), seqs

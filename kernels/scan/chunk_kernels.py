@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssm_modal.kernels.scan.decays import decays
 from ssm_modal.kernels.scan.prefetch import copied_row, copies_wait, copy_block, load_rows
 from ssm_modal.kernels.scan.staging import STAGED_STRIDES, stage_base, stage_rows, stage_wait, states_row
 from ssm_modal.kernels.scan.triton_common import (
@@ -72,6 +73,8 @@ def chunk_state_kernel(
     ROW_COPY: tl.constexpr,
     ROW_PIECE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    DECAY: tl.constexpr,
+    DECAY_CONSTRAINTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FULL_D: tl.constexpr,
@@ -100,7 +103,8 @@ def chunk_state_kernel(
     delta_ptr += row * delta_batch + t * delta_time
     b_ptr += row * b_batch + t * b_time + group * b_group
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_D], tl.float32)
+    # A tile, as the states are: of a row in another layout all that leads to it would be computed once more.
+    total = tl.zeros([1, BLOCK_D], tl.float32)
     lane = tl.arange(0, BLOCK_D)
     staged = stage_base(RESERVE)
     COPIED: tl.constexpr = ROW_READ is not None
@@ -143,10 +147,13 @@ def chunk_state_kernel(
                     BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 dt = time_step(x, bias, first + j < count, SOFTPLUS)
-                total += dt
-                h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
+                total += dt[None, :]
+                h = decays(rate, dt, DECAY, DECAY_CONSTRAINTS) * h + b * (dt * u)[None, :]
+    # Kept over the loops, these addresses would take registers.
+    _, d, _ = channel_block(again(pid % blocks), group_channels, blocks_per_group, BLOCK_D, FULL_D)
+    tile = state_tile(n, d, again(d_inner))
     tl.store(states_ptr + chunk * d_inner * d_state + tile, h, mask=mask)
-    tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
+    tl.store(sums_ptr + chunk * d_inner + d[None, :], total, mask=mask_d[None, :])
 
 
 @triton.jit(do_not_specialize=EXTENTS, do_not_specialize_on_alignment=STAGED_STRIDES)
@@ -196,6 +203,8 @@ def chunk_grad_kernel(
     ROW_COPY: tl.constexpr,
     ROW_PIECE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    DECAY: tl.constexpr,
+    DECAY_CONSTRAINTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FULL_D: tl.constexpr,
@@ -235,7 +244,8 @@ def chunk_grad_kernel(
         BUFFER: tl.constexpr = 3
 
     g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_D], tl.float32)
+    # A tile, as the states are: of a row in another layout all that leads to it would be computed once more.
+    total = tl.zeros([1, BLOCK_D], tl.float32)
     lane = tl.arange(0, BLOCK_D)
     staged = stage_base(RESERVE)
     COPIED: tl.constexpr = ROW_READ is not None
@@ -302,11 +312,11 @@ def chunk_grad_kernel(
                         mask_j = mask_d & (first + j < count)
                         tl.store(dz_ptr + to, dz.to(dz_ptr.dtype.element_ty), mask=mask_j)
                         tl.store(dy_ptr + to, dy.to(dy_ptr.dtype.element_ty), mask=mask_j)
-                total += dt
-                g = tl.exp2(rate * dt[None, :]) * (g + c * dy[None, :])
+                total += dt[None, :]
+                g = decays(rate, dt, DECAY, DECAY_CONSTRAINTS) * (g + c * dy[None, :])
     # Kept over the loops, the addresses of the tile would take registers.
     _, d, mask_d = channel_block(again(pid % blocks), group_channels, blocks_per_group, BLOCK_D, FULL_D)
     chunk = again(pid // blocks).to(tl.int64)
     tile = state_tile(n, d, again(d_inner))
     tl.store(grads_ptr + chunk * d_inner * d_state + tile, g, mask=mask_n[:, None] & mask_d[None, :])
-    tl.store(sums_ptr + chunk * d_inner + d, total, mask=mask_d)
+    tl.store(sums_ptr + chunk * d_inner + d[None, :], total, mask=mask_d[None, :])

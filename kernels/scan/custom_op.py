@@ -226,11 +226,12 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *lead, softplus, initial_state, seqs, reverse, backend = inputs
-        fwd = backend_functions(backend)[0]
-        out, final, boundaries = fwd(*lead, softplus, initial_state, seqs, reverse)
+        u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, seqs, reverse, backend = inputs
+        # Here autograd does not follow: fewer nodes for it.
+        lead = (u, delta, A, grouped(B), grouped(C), D, z, delta_bias)
+        out, final, boundaries = backend_functions(backend)[0](*lead, softplus, initial_state, seqs, reverse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*lead, initial_state, boundaries)
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, boundaries)
         ctx.options = (softplus, seqs, reverse, backend)
         # Not a view, which could not be written in place.
         return out, final.contiguous()
@@ -240,20 +241,29 @@ class _Scan(torch.autograd.Function):
         dout, dfinal_state = upstream
         if dout is None and dfinal_state is None:
             return (None,) * 13
-        *given, boundaries = ctx.saved_tensors
+        u, delta, A, B, C, D, z, delta_bias, initial_state, boundaries = ctx.saved_tensors
+        lead = (u, delta, A, grouped(B), grouped(C), D, z, delta_bias)
         softplus, seqs, reverse, backend = ctx.options
         if dout is None:
-            dout = torch.zeros_like(given[0], memory_format=torch.contiguous_format)
+            dout = torch.zeros_like(u, memory_format=torch.contiguous_format)
         grads: Sequence[Tensor | None]
-        if not torch.is_grad_enabled() and eager((dout, dfinal_state, *given)):
-            *lead, initial_state = given
+        if not torch.is_grad_enabled() and eager((dout, dfinal_state, *lead, initial_state)):
             bwd = backend_functions(backend)[1]
             grads = bwd(dout, dfinal_state, *lead, softplus, initial_state, seqs, reverse, boundaries)
         else:
             # The op refuses a second derivative, and is what a trace of the backward can hold.
             options = (*unpacked(seqs), reverse, boundaries, backend)
-            grads = _grads_by_op(dout, dfinal_state, tuple(given), softplus, options)
-        return (*grads[:8], None, grads[8], None, None, None)
+            grads = _grads_by_op(dout, dfinal_state, (*lead, initial_state), softplus, options)
+        du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
+        assert dB is not None
+        assert dC is not None
+        dB, dC = dB.view(B.shape), dC.view(C.shape)
+        return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None, None
+
+
+def grouped(m: Tensor) -> Tensor:
+    """B or C as (batch, length, groups, d_state)."""
+    return m if m.ndim == 4 else m.unsqueeze(2)
 
 
 def scan(
@@ -273,13 +283,16 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """(out, final_state) by `backend` on checked arguments, differentiable; final_state of any strides.
 
-    B, C: (batch, length, groups, d_state).
+    B, C: (batch, length, d_state) or (batch, length, groups, d_state).
     """
-    lead = (u, delta, A, B, C, D, z, delta_bias)
-    given = (*lead, initial_state)
-    if eager(given):
-        if recording(given):
-            return _Scan.apply(*lead, delta_softplus, initial_state, seqs, reverse, backend)
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    straight = eager(given)
+    if straight and recording(given):
+        return _Scan.apply(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seqs, reverse, backend
+        )
+    lead = (u, delta, A, grouped(B), grouped(C), D, z, delta_bias)
+    if straight:
         out, final, _ = backend_functions(backend)[0](*lead, delta_softplus, initial_state, seqs, reverse)
         return out, final
     out, final, _ = torch.ops.ssm_modal.selective_scan_fwd(

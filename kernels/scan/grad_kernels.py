@@ -196,7 +196,7 @@ def grad_kernel(
             delta_row = delta_ptr + row * delta_batch + t0 * delta_time
 
             # Forward over the chunk: every STEPS-th state into the scratch. The last stage of rows is the
-            # first that is needed on the way back, so C comes along.
+            # first that is needed on the way back: with it comes C.
             h = tl.load(states_ptr + chunk * size + tile, mask=mask, other=0.0)
             if COPIED:
                 copy_block(
@@ -205,9 +205,14 @@ def grad_kernel(
                 )  # fmt: skip
             for stage in range(0, trips(count), STAGE):
                 stage_rows(
-                    staged_b, b_row, c_row, stage, count, step, b_time, c_time, d_state, BRING, BROUGHT, WIDE,
+                    staged_b, b_row, None, stage, count, step, b_time, 0, d_state, BRING, BROUGHT, WIDE,
                     STAGE, BLOCK_N, BLOCK_D, STAGE,
                 )  # fmt: skip
+                if stage + STAGE >= count:
+                    stage_rows(
+                        staged_c, c_row, None, stage, count, step, c_time, 0, d_state, BRING, BROUGHT, WIDE,
+                        STAGE, BLOCK_N, BLOCK_D,
+                    )  # fmt: skip
                 for first in range(stage, trips(tl.minimum(stage + STAGE, count)), STEPS):
                     here = rows + (first // STEPS % 2) * (4 * ROWS)
                     if COPIED:
@@ -324,7 +329,9 @@ def grad_kernel(
                         copies_wait(1)
                     elif KEPT:
                         copies_wait(0)
-                    # The states of these steps once more; those before each step, and its dt, are kept.
+                    # The states before each of these steps once more, and the step sizes, are kept. The state
+                    # after them is at hand: the one that the steps behind them began with.
+                    after = h
                     if KEPT:
                         h = take_tile(kept + turn * TILE, TAKE, TAKE_CONSTRAINTS)
                         keep_times(
@@ -333,7 +340,8 @@ def grad_kernel(
                         )  # fmt: skip
                     else:
                         h = tl.load(scratch_ptr + sub * (BLOCK_D * BLOCK_N) + local)
-                    for j in range(trips(steps_here)):
+                        tl.store(scratch_ptr + subs * (BLOCK_D * BLOCK_N) + local, h)
+                    for j in range(trips(steps_here - 1)):
                         at = (first + j) * step
                         if COPIED:
                             u = copied_row(here, j, lane, BLOCK_D, ROW_READ, ROW_BYTES)
@@ -345,13 +353,15 @@ def grad_kernel(
                         )  # fmt: skip
                         if KEPT:
                             dt = take_row(dts + j * (BLOCK_D * 4))
-                            if j > 0:
-                                keep_tile(kept + (turn + j) % STEPS * TILE, h, KEEP, KEEP_CONSTRAINTS)
                         else:
                             x = load_row(delta_row, at, delta_time, d, mask_d, WIDE).to(tl.float32)
                             dt = time_step(x, bias, True, SOFTPLUS)
-                            tl.store(scratch_ptr + (subs + j) * (BLOCK_D * BLOCK_N) + local, h)
                         h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
+                        if KEPT:
+                            keep_tile(kept + (turn + j + 1) % STEPS * TILE, h, KEEP, KEEP_CONSTRAINTS)
+                        else:
+                            tl.store(scratch_ptr + (subs + j + 1) * (BLOCK_D * BLOCK_N) + local, h)
+                    h = after
                     for back_j in range(trips(steps_here)):
                         j = steps_here - 1 - back_j
                         at = (first + j) * step

@@ -30,6 +30,8 @@ class ScanLaunch:
     kept at a time. fwd_registers, serial_registers, bwd_registers: registers a thread may take. bwd_programs:
     programs of the gradient kernel, each with a scratch of chunk_size / bwd_steps states; None for those that
     run at a time. bwd_splits: partial sums of dB and dC where torch asks for a deterministic result.
+    polynomials, output_polynomials: of every 16 exponentials of a lane those that the kernels of the chunks
+    and the output kernel compute without the exponential unit.
     """
 
     chunk_size: int
@@ -44,6 +46,8 @@ class ScanLaunch:
     bwd_registers: int | None
     bwd_programs: int | None
     bwd_splits: int
+    polynomials: int
+    output_polynomials: int
 
 
 # (d_state up to, chunk size, block, fwd_block, fwd_steps, fwd_registers, serial_registers, bwd_steps,
@@ -155,6 +159,8 @@ def _launch(
         bwd_registers=bwd_registers,
         bwd_programs=None,
         bwd_splits=min(blocks, -(-BWD_PROGRAMS * count // max(1, chunks * groups))),
+        polynomials=1 if d_state <= 16 else 2,
+        output_polynomials=0 if d_state <= 16 else 1,
     )
 
 

@@ -141,11 +141,8 @@ def selective_scan(
     check_flags(OP, delta_softplus=delta_softplus, reverse=reverse, return_final_state=return_final_state)
     seen = None if cu_seqlens is not None else signature((u, delta, A, B, C, D, z, delta_bias, initial_state))
     seqs: Sequences | None = None
-    if seen in _passed:
-        B = B if B.ndim == 4 else B.unsqueeze(2)
-        C = C if C.ndim == 4 else C.unsqueeze(2)
-    else:
-        B, C, seqs = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    if seen not in _passed:
+        seqs = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
         _passed.add(seen)
     chosen = resolve(OP, u.device, u.dtype, backend)
     # Nothing to compute, or one step at most: kernels need not know of empty axes.
@@ -168,8 +165,8 @@ def check_scan(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | Sequences | None,
-) -> tuple[Tensor, Tensor, Sequences | None]:
-    """Check every argument; returns B and C as (batch, length, groups, d_state), and the sequences."""
+) -> Sequences | None:
+    """Check every argument; returns the validated sequences."""
     check_shape(OP, "u", u, ("batch", "length", "d_inner"), "(batch, length, d_inner)")
     check_dtype(OP, "u", u, FLOATING)
     batch, length, d_inner = shape = u.shape
@@ -182,10 +179,10 @@ def check_scan(
     check_shape(OP, "delta", delta, shape, "(batch, length, d_inner), the shape of u")
     if z is not None:
         check_shape(OP, "z", z, shape, "(batch, length, d_inner), the shape of u")
-    B = _canonical("B", B, batch, length, d_inner, d_state)
-    C = _canonical("C", C, batch, length, d_inner, d_state)
-    if B.shape != C.shape:
-        raise ValueError(f"{OP}: B has {B.shape[2]} groups and C has {C.shape[2]}, expected the same number")
+    groups = _check_matrix("B", B, batch, length, d_inner, d_state)
+    others = _check_matrix("C", C, batch, length, d_inner, d_state)
+    if groups != others:
+        raise ValueError(f"{OP}: B has {groups} groups and C has {others}, expected the same number")
     check_same(OP, {"delta": delta, "B": B, "C": C, "z": z}, "u", u)
 
     seqs, rows, axis = check_packing(OP, "u", u, cu_seqlens)
@@ -198,19 +195,19 @@ def check_scan(
         check_shape(OP, "delta_bias", delta_bias, (d_inner,), "(d_inner,)")
     wide = {"A": A, "D": D, "delta_bias": delta_bias, "initial_state": initial_state}
     check_wide(OP, wide, "u", u)
-    return B, C, seqs
+    return seqs
 
 
-def _canonical(name: str, m: Tensor, batch: int, length: int, d_inner: int, d_state: int) -> Tensor:
-    """B or C as (batch, length, groups, d_state)."""
+def _check_matrix(name: str, m: Tensor, batch: int, length: int, d_inner: int, d_state: int) -> int:
+    """The groups of B or C; raises unless it is (batch, length, [groups,] d_state)."""
     if not isinstance(m, Tensor) or m.ndim != 4:
         meaning = "(batch, length, d_state) or (batch, length, groups, d_state)"
         check_shape(OP, name, m, (batch, length, d_state), meaning)
-        return m.unsqueeze(2)
+        return 1
     check_shape(OP, name, m, (batch, length, "groups", d_state), "(batch, length, groups, d_state)")
     groups = m.shape[2]
     if groups == 0 or d_inner % groups:
         raise ValueError(
             f"{OP}: {name} has {groups} groups, expected a divisor of d_inner, which is {d_inner}"
         )
-    return m
+    return groups

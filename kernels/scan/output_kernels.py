@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssm_modal.kernels.scan.decays import decays
 from ssm_modal.kernels.scan.prefetch import (
     copied_row,
     copies_wait,
@@ -92,6 +93,8 @@ def output_kernel(
     ROW_COPY: tl.constexpr,
     ROW_PIECE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    DECAY: tl.constexpr,
+    DECAY_CONSTRAINTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FULL_D: tl.constexpr,
@@ -236,7 +239,7 @@ def output_kernel(
                         READ_CONSTRAINTS, BLOCK_N, BLOCK_D,
                     )  # fmt: skip
                     dt = time_step(x, bias, first + j < count, SOFTPLUS)
-                    h = tl.exp2(rate * dt[None, :]) * h + b * (dt * u)[None, :]
+                    h = decays(rate, dt, DECAY, DECAY_CONSTRAINTS) * h + b * (dt * u)[None, :]
                     y = tl.sum(h * c, axis=0) + skip * u
                     if added_ptr is not None:
                         if COPIED:

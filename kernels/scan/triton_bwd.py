@@ -32,6 +32,7 @@ from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.scan.channel_sum import channel_sum, memory_states, sums_bytes
 from ssm_modal.kernels.scan.chunk_kernels import chunk_grad_kernel
+from ssm_modal.kernels.scan.decays import decay
 from ssm_modal.kernels.scan.grad_kernels import grad_kernel
 from ssm_modal.kernels.scan.keeping import kept_states
 from ssm_modal.kernels.scan.launch import (
@@ -130,11 +131,8 @@ def selective_scan_bwd(
     table = None if seqs is None else seqs.chunks(launch.chunk_size)
     start, end = (None, None) if table is None else (table.start, table.end)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    grads, sums = empty(chunks, d_state, d_inner), empty(chunks, d_inner)
-    dz = None if z is None else torch.empty(shape, dtype=dtype, device=device)
+    grads, sums = A.new_empty((chunks, d_state, d_inner)), A.new_empty((chunks, d_inner))
+    dz = None if z is None else u.new_empty(shape)
     gated = None if y is None else dz
     plan.chunk_grads(
         plan.chunk_grid,
@@ -153,14 +151,14 @@ def selective_scan_bwd(
         descending=not reverse,
     )
 
-    du = torch.empty(shape, dtype=dtype, device=device) if added is None else added
-    ddelta = torch.empty(shape, dtype=dtype, device=device)
+    du = u.new_empty(shape) if added is None else added
+    ddelta = u.new_empty(shape)
     # With dy the gradients know of no gate.
     inner, gate, dgate = (dout, z, dz) if dy is None else (dy, None, None)
     dskip = None if D is None else sums
-    dbias = None if delta_bias is None else empty(chunks, d_inner)
-    partial = torch.zeros(plan.sums_shape, dtype=torch.float32, device=device)
-    scratch = torch.empty(plan.scratch_shape, dtype=torch.float32, device=device)
+    dbias = None if delta_bias is None else A.new_empty((chunks, d_inner))
+    partial = A.new_zeros(plan.sums_shape)
+    scratch = A.new_empty(plan.scratch_shape)
     plan.gradients(
         plan.grid,
         (
@@ -320,6 +318,7 @@ def _launchers(
         ),
         **bringing(d_state, launch.fwd_block, dtype, chunk_brought),
         **row_copies(dtype, launch.fwd_block, chunk_copied),
+        **decay(d_state, launch.fwd_block, launch.polynomials),
         "BLOCK_D": launch.fwd_block,
         "FULL_D": group_channels % launch.fwd_block == 0,
         "maxnreg": launch.fwd_registers,
@@ -434,6 +433,7 @@ def aot_cases(gated: bool = False) -> list[AotCase]:
                     not packed and d_state * DTYPES[dtype].itemsize % 16 == 0,
                 ),
                 **row_copies(DTYPES[dtype], launch.fwd_block, not packed),
+                **decay(d_state, launch.fwd_block, launch.polynomials),
                 "BLOCK_D": launch.fwd_block,
                 "BLOCK_N": padded_state(d_state),
                 "FULL_D": not packed,

@@ -31,9 +31,9 @@ from ssm_modal.kernels.triton_math import NVIDIA, softplus
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Elements of (d_state, d_inner) and warps of one program of the carry.
-CARRY_BLOCK = 128
-CARRY_WARPS = 2
+# Channels of one program of the carry, a warp, and chunks whose loads are under way at a time: the programs
+# of a multiprocessor together keep some 30 KiB under way.
+CARRY_BLOCK, CARRY_DEPTH = 128, 4
 
 
 # Triton's interpreter cannot turn a tensor into a loop bound under numpy 2.4 and later.
@@ -190,15 +190,22 @@ def carry_kernel(
     PACKED: tl.constexpr,
     DESCENDING: tl.constexpr,
     WRITE: tl.constexpr,
+    FOURS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """One program a run of chunks and block of BLOCK elements of (d_state, d_inner)."""
+    """One program a run of chunks and BLOCK channels of one state. FOURS: d_inner is a multiple of 4."""
     pid = tl.program_id(0)
     run = (pid // tiles).to(tl.int64)
+    if FOURS:
+        # The compiler sees it, and loads and stores 16 bytes a lane.
+        d_inner = d_inner // 4 * 4
     size = d_inner.to(tl.int64) * d_state
-    e = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
-    mask = e < size
-    d = e % d_inner
+    blocks = (d_inner + BLOCK - 1) // BLOCK
+    n = (pid % tiles // blocks).to(tl.int64)
+    d = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = d < d_inner
+    tile = n * d_inner
     if PACKED:
         lo = tl.load(lo_ptr + run)
         hi = tl.load(hi_ptr + run)
@@ -206,10 +213,10 @@ def carry_kernel(
         row = (pid // tiles // runs_per_row).to(tl.int64)
         lo = row * n_chunks + (pid // tiles % runs_per_row).to(tl.int64) * run_length
         hi = tl.minimum(lo + run_length, (row + 1) * n_chunks)
-    rate = tl.load(a_ptr + e, mask=mask, other=0.0) * LOG2E
+    rate = tl.load(a_ptr + tile + d, mask=mask, other=0.0) * LOG2E
     h = tl.zeros([BLOCK], tl.float32)
     if entry_ptr is not None:
-        h = tl.load(entry_ptr + run * size + e, mask=mask, other=0.0)
+        h = tl.load(entry_ptr + run * size + tile + d, mask=mask, other=0.0)
     total = tl.zeros([BLOCK], tl.float32)
     count = (hi - lo).to(tl.int32)
     first = lo
@@ -217,32 +224,46 @@ def carry_kernel(
     if DESCENDING:
         first = hi - 1
         step = -1
-    # The next chunk is loaded before this one is used: the loads do not wait for the recurrence.
-    ahead = mask & (count > 0)
-    own = tl.load(states_ptr + first * size + e, mask=ahead, other=0.0)
-    dt = tl.load(sums_ptr + first * d_inner + d, mask=ahead, other=0.0)
-    for i in range(trips(count)):
-        at = first + i * step
-        ahead = mask & (i + 1 < count)
-        next_own = tl.load(states_ptr + (at + step) * size + e, mask=ahead, other=0.0)
-        next_dt = tl.load(sums_ptr + (at + step) * d_inner + d, mask=ahead, other=0.0)
-        if WRITE:
-            tl.store(states_ptr + at * size + e, h, mask=mask)
-        h = tl.exp2(rate * dt) * h + own
-        total += dt
+    states_ptr += first * size + tile
+    sums_ptr += first * d_inner
+    states_step = step * size
+    sums_step = step * d_inner.to(tl.int64)
+    # The next DEPTH chunks are loaded before these are used: no load waits for the recurrence or may pass a
+    # store. Beyond the last chunk own and dt are 0, which leaves h as it is.
+    own = ()
+    dt = ()
+    for j in tl.static_range(DEPTH):
+        own += (tl.load(states_ptr + j * states_step + d, mask=mask & (j < count), other=0.0),)
+        dt += (tl.load(sums_ptr + j * sums_step + d, mask=mask & (j < count), other=0.0),)
+    for i in range(0, trips(count), DEPTH):
+        states_next = states_ptr + DEPTH * states_step
+        sums_next = sums_ptr + DEPTH * sums_step
+        next_own = ()
+        next_dt = ()
+        for j in tl.static_range(DEPTH):
+            ahead = i + DEPTH + j < count
+            next_own += (tl.load(states_next + j * states_step + d, mask=mask & ahead, other=0.0),)
+            next_dt += (tl.load(sums_next + j * sums_step + d, mask=mask & ahead, other=0.0),)
+        for j in tl.static_range(DEPTH):
+            if WRITE:
+                tl.store(states_ptr + j * states_step + d, h, mask=mask & (i + j < count))
+            h = tl.exp2(rate * dt[j]) * h + own[j]
+            total += dt[j]
         own = next_own
         dt = next_dt
+        states_ptr = states_next
+        sums_ptr = sums_next
     if exit_ptr is not None:
-        tl.store(exit_ptr + run * size + e, h, mask=mask)
+        tl.store(exit_ptr + run * size + tile + d, h, mask=mask)
     if run_sums_ptr is not None:
-        # The elements of one channel hold the same sum; its state 0 writes it.
-        tl.store(run_sums_ptr + run * d_inner + d, total, mask=mask & (e < d_inner))
+        # Programs of the same channels find the same sum; the one of state 0 writes it.
+        tl.store(run_sums_ptr + run * d_inner + d, total, mask=mask & (n == 0))
 
 
 @functools.cache
-def _carry_launcher(packed: bool, descending: bool, write: bool) -> Launcher:
-    constants = {"PACKED": packed, "DESCENDING": descending, "WRITE": write, "BLOCK": CARRY_BLOCK}
-    return Launcher(carry_kernel, constants | {"num_warps": CARRY_WARPS})
+def _carry_launcher(packed: bool, descending: bool, write: bool, fours: bool) -> Launcher:
+    constants = {"PACKED": packed, "DESCENDING": descending, "WRITE": write, "FOURS": fours}
+    return Launcher(carry_kernel, constants | {"BLOCK": CARRY_BLOCK, "DEPTH": CARRY_DEPTH, "num_warps": 1})
 
 
 def carry(
@@ -279,8 +300,8 @@ def carry(
     def launch(states, sums, entry, last, run_sums, runs, lo, hi, n_chunks, runs_per_row, run_length, write):
         if runs == 0 or d_inner == 0:
             return
-        tiles = triton.cdiv(d_inner * d_state, CARRY_BLOCK)
-        _carry_launcher(seqs is not None, descending, write)(
+        tiles = d_state * -(-d_inner // CARRY_BLOCK)
+        _carry_launcher(seqs is not None, descending, write, d_inner % 4 == 0)(
             (runs * tiles,),
             (states, sums, A, entry, last, run_sums, lo, hi),
             (n_chunks, runs_per_row, run_length, d_inner, d_state, tiles),
@@ -339,13 +360,15 @@ def aot_cases() -> list[AotCase]:
                 "run_length": 128,
                 "d_inner": 2048,
                 "d_state": 16,
-                "tiles": 128,
+                "tiles": 256,
                 "PACKED": packed,
                 "DESCENDING": descending,
                 "WRITE": True,
+                "FOURS": True,
                 "BLOCK": CARRY_BLOCK,
+                "DEPTH": CARRY_DEPTH,
             },
-            num_warps=CARRY_WARPS,
+            num_warps=1,
         )
         for packed in (False, True)
         for descending in (False, True)

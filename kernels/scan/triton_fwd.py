@@ -20,6 +20,7 @@ from torch import Tensor
 from ssm_modal.kernels.aot import AotCase
 from ssm_modal.kernels.launching import Launcher
 from ssm_modal.kernels.scan.chunk_kernels import chunk_state_kernel
+from ssm_modal.kernels.scan.decays import decay
 from ssm_modal.kernels.scan.launch import (
     ScanLaunch,
     boundaries_shape,
@@ -102,11 +103,11 @@ def selective_scan_fwd(
     table = None if seqs is None else seqs.chunks(launch.chunk_size)
     chunks = plan.chunks if table is None else table.n_chunks
     chunk_start, chunk_end = (None, None) if table is None else (table.start, table.end)
-    out = torch.empty(shape, dtype=u.dtype, device=device) if added is None or keep else added
+    out = u.new_empty(shape) if added is None or keep else added
     y = added if keep else None
-    states = torch.empty((chunks, d_state, d_inner), dtype=torch.float32, device=device)
+    states = A.new_empty((chunks, d_state, d_inner))
     if launch.serial:
-        final = torch.empty((rows, d_state, d_inner), dtype=torch.float32, device=device)
+        final = A.new_empty((rows, d_state, d_inner))
         bounds: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if table is not None and seqs is not None:
             bounds = (seqs.cu_seqlens, seqs.cu_seqlens[1:], table.first)
@@ -116,7 +117,7 @@ def selective_scan_fwd(
             plan.output_numbers,
         )
     else:
-        sums = torch.empty((chunks, d_inner), dtype=torch.float32, device=device)
+        sums = A.new_empty((chunks, d_inner))
         plan.chunk_states(
             (chunks * plan.blocks,),
             (u, delta, A, B, delta_bias, states, sums, chunk_start, chunk_end),
@@ -236,9 +237,11 @@ def _launchers(
         launch, d_state, dtype, group_channels, softplus, packed, reverse, wide, brought, copied, added
     )
     registers = launch.serial_registers if launch.serial else launch.fwd_registers
+    states = decay(d_state, launch.fwd_block, launch.polynomials)
+    outputs = decay(d_state, launch.fwd_block, launch.output_polynomials)
     return (
-        Launcher(chunk_state_kernel, constants | {"maxnreg": launch.fwd_registers}),
-        Launcher(output_kernel, constants | {"SERIAL": launch.serial, "maxnreg": registers}),
+        Launcher(chunk_state_kernel, constants | states | {"maxnreg": launch.fwd_registers}),
+        Launcher(output_kernel, constants | outputs | {"SERIAL": launch.serial, "maxnreg": registers}),
     )
 
 
@@ -331,7 +334,7 @@ def aot_cases(added: bool = False) -> list[AotCase]:
             label = f"N{d_state} {dtype}{' packed reverse' if packed else ''}"
             if not launch.serial:
                 args = shared | {k: v for k, v in strides.items() if k.split("_")[0] in ("u", "delta", "b")}
-                args |= {"sums_ptr": "*fp32"}
+                args |= {"sums_ptr": "*fp32", **decay(d_state, launch.fwd_block, launch.polynomials)}
                 cases.append(
                     AotCase(
                         chunk_state_kernel,
@@ -342,7 +345,7 @@ def aot_cases(added: bool = False) -> list[AotCase]:
                         minor=minor,
                     )
                 )
-            args = shared | strides
+            args = shared | strides | decay(d_state, launch.fwd_block, launch.output_polynomials)
             args |= {
                 "c_ptr": shared["b_ptr"],
                 "skip_ptr": "*fp32",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -136,7 +135,7 @@ def selective_scan_step_triton(
     """
     batch, d_inner = u.shape
     d_state, groups = A.shape[1], B.shape[1]
-    out = torch.empty((batch, d_inner), dtype=u.dtype, device=u.device)
+    out = u.new_empty((batch, d_inner))
     if batch * d_inner == 0:
         return out
     u, delta = _row(u), _row(delta)

@@ -35,6 +35,8 @@ TINY = ScanLaunch(
     bwd_registers=None,
     bwd_programs=3,
     bwd_splits=1,
+    polynomials=0,
+    output_polynomials=0,
 )
 
 
