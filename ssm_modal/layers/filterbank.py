@@ -130,16 +130,13 @@ class FilterbankInput(StridedWaveformInput):
                 "whole recording"
             )
         power, steps, new = super().forward(x, state, seqs=seqs)
-        rows = steps
-        if rows is None:
-            rows = Sequences.from_lengths([power.shape[1]] * power.shape[0], power.device)
         flat = power.flatten(0, 1)
         if self.offset is None:
-            energy = normalized_energies(flat, rows, config.floor)
+            energy = normalized_energies(flat, _rows(power, steps), config.floor)
         else:
             energy = torch.log(flat + config.floor) - self.offset
         if self.training and config.spec_augment is not None:
-            energy = spec_augment(config.spec_augment, energy, rows)
+            energy = spec_augment(config.spec_augment, energy, _rows(power, steps))
         energy = energy.view_as(power)
         return self.proj((self.gain * energy).to(self.proj.weight.dtype)), steps, new
 
@@ -152,6 +149,13 @@ class FilterbankInput(StridedWaveformInput):
         wide = state_dtype(real.dtype)
         power = real.to(wide).square() + imaginary.to(wide).square()
         return (power * self.pool.to(wide).softmax(1).T).sum(-2)
+
+
+def _rows(power: Tensor, steps: Sequences | None) -> Sequences:
+    """`steps`, or the rows of (batch, length, n_filters) laid end to end."""
+    if steps is not None:
+        return steps
+    return Sequences.from_lengths([power.shape[1]] * power.shape[0], power.device)
 
 
 def normalized_energies(power: Tensor, rows: Sequences, floor: float) -> Tensor:
