@@ -107,16 +107,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dout, dtotal, torch.ops.ssm_modal.rms_norm_bwd)
+    if dout is None and dtotal is None:
+        return (None,) * 8
+    return _gradients(ctx, ctx.saved_tensors, dout, dtotal, torch.ops.ssm_modal.rms_norm_bwd)
 
 
 def _gradients(
-    ctx: Any, dout: Tensor | None, dtotal: Tensor | None, bwd: Callable[..., Sequence[Tensor | None]]
+    ctx: Any,
+    saved: tuple[Any, ...],
+    dout: Tensor | None,
+    dtotal: Tensor | None,
+    bwd: Callable[..., Sequence[Tensor | None]],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight inputs of the forward, by `rms_norm_bwd` or its op."""
-    if dout is None and dtotal is None:
-        return (None,) * 8
-    s, weight, gate, rstd = ctx.saved_tensors
+    """Gradients of the eight inputs of the forward, by `rms_norm_bwd` or its op.
+
+    saved: `ctx.saved_tensors`, which gradient checkpointing lets a backward ask for once.
+    """
+    s, weight, gate, rstd = saved
     norm_before_gate, x_dtype, residual_dtype = ctx.options
     if dout is None:
         dout = s.new_zeros(s.shape, dtype=x_dtype)
@@ -171,10 +178,13 @@ class _Norm(torch.autograd.Function):
         from ssm_modal.kernels.norm.triton_bwd import rms_norm_bwd
 
         dout, dtotal = upstream
-        if not torch.is_grad_enabled() and eager((dout, dtotal, *ctx.saved_tensors)):
-            return _gradients(ctx, dout, dtotal, rms_norm_bwd)
+        if dout is None and dtotal is None:
+            return (None,) * 8
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled() and eager((dout, dtotal, *saved)):
+            return _gradients(ctx, saved, dout, dtotal, rms_norm_bwd)
         # The op refuses a second derivative, and is what a trace of the backward can hold.
-        return _gradients(ctx, dout, dtotal, torch.ops.ssm_modal.rms_norm_bwd)
+        return _gradients(ctx, saved, dout, dtotal, torch.ops.ssm_modal.rms_norm_bwd)
 
 
 def norm(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ssm_modal.kernels import causal_conv1d, rms_norm, selective_scan
 from ssm_modal.kernels.custom_ops import eager, goes_straight
@@ -127,6 +128,17 @@ def test_outputs_that_are_not_used(case: Case) -> None:
         both = gradients(case, zeros)[2:]
         for a, b in zip(alone, both, strict=True):
             torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
+
+
+def test_gradient_checkpointing(case: Case) -> None:
+    """It lets a backward ask for what was saved once."""
+    call, given, _ = case
+    upstream = [torch.randn_like(t) for t in call(*given)]
+    leaves = [t.clone().requires_grad_() for t in given]
+    outputs = checkpoint(call, *leaves, use_reentrant=False)
+    got = [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+    for a, b in zip(got, gradients(case, upstream), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_outputs_may_be_written(case: Case) -> None:
