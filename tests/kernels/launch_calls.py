@@ -39,6 +39,7 @@ def calls(device: torch.device, *, few: bool = False) -> Iterator[Call]:
     from ssm_modal.kernels.conv.triton_bwd import causal_conv1d_bwd
     from ssm_modal.kernels.conv.triton_fwd import causal_conv1d_fwd
     from ssm_modal.kernels.conv.triton_step import causal_conv1d_step_triton
+    from ssm_modal.kernels.loss.triton_softmax import row_softmax
     from ssm_modal.kernels.norm.triton_bwd import rms_norm_bwd
     from ssm_modal.kernels.norm.triton_fwd import rms_norm_fwd
     from ssm_modal.kernels.scan.triton_bwd import selective_scan_bwd
@@ -117,6 +118,13 @@ def calls(device: torch.device, *, few: bool = False) -> Iterator[Call]:
 
                     yield f"norm {name}", [u, z, dout], run_norm
 
+                    def run_softmax(
+                        x: Tensor = u[:, 0], scale: Tensor | None = bias[-1] if full else None
+                    ) -> Any:
+                        return row_softmax(x, scale, scale is not None)
+
+                    yield f"softmax {name}", [u, bias], run_softmax
+
                     step = (u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0])
                     gates = (D, z[:, 0], bias) if full else (None, None, None)
                     state = random(batch, d_inner, n)
@@ -142,9 +150,9 @@ def calls(device: torch.device, *, few: bool = False) -> Iterator[Call]:
 
 
 MODULES = (
-    "scan.triton_common", "scan.triton_fwd", "scan.triton_bwd", "scan.triton_step", "conv.triton_fwd",
-    "conv.triton_bwd", "conv.triton_step", "norm.triton_fwd", "norm.triton_bwd", "scan.triton_totals",
-    "triton_sums",
+    "scan.triton_common", "scan.triton_fwd", "scan.triton_bwd", "scan.gradient_launch", "scan.triton_step",
+    "conv.triton_fwd", "conv.triton_bwd", "conv.triton_step", "norm.triton_fwd", "norm.triton_bwd",
+    "scan.triton_totals", "triton_sums", "loss.triton_softmax",
 )  # fmt: skip
 
 
@@ -154,11 +162,12 @@ def from_scratch() -> Iterator[None]:
     from ssm_modal.kernels import launching
 
     modules = [importlib.import_module(f"ssm_modal.kernels.{name}") for name in MODULES]
+    homes = {m.__name__ for m in modules}
     kept = [
         (m, name, f)
         for m in modules
         for name, f in vars(m).items()
-        if hasattr(f, "cache_info") and f.__module__ == m.__name__
+        if hasattr(f, "cache_info") and f.__module__ in homes
     ]
     assert len(kept) >= len(MODULES)
     direct = launching.DIRECT

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from ssm_modal.kernels.scan.gradient_launch import gradient_bytes, gradient_stage
 from ssm_modal.kernels.scan.keeping import keep_assembly
 from ssm_modal.kernels.scan.launch import resident, shipped_launches
 from ssm_modal.kernels.scan.prefetch import can_copy, row_copies
 from ssm_modal.kernels.scan.staging import bring_assembly, read_assembly, row_bits, stage_steps
-from ssm_modal.kernels.scan.triton_bwd import gradient_bytes, gradient_stage
 from tests.kernels.test_aot import run_without_interpreter
 
 WARP = 32
