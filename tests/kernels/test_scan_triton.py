@@ -206,11 +206,12 @@ def test_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the interpreter's shapes; the GPU runs its own below")
     if "wide" in name:
-        from ssm_modal.kernels.scan import gradient_launch, triton_fwd
+        from ssm_modal.kernels.scan import gradient_launch, triton_bwd, triton_fwd
 
         for module in (triton_fwd, gradient_launch):
             monkeypatch.setattr(module, "wide_offsets", lambda *a: True)
-            monkeypatch.setattr(module, "_plan", module._plan.__wrapped__)
+        for module, plan in ((triton_fwd, "_plan"), (triton_bwd, "gradient_plan")):
+            monkeypatch.setattr(module, plan, getattr(module, plan).__wrapped__)
     build, shape, options, call = DIRECT[name]
     # A step size is positive; without softplus delta has to be.
     args = build(*shape, **options)
