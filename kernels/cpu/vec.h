@@ -1,7 +1,7 @@
 /* Vectors of fp32 in the width the target has, and the few functions the kernels need of them.
  *
  * Written with GCC's vector extensions (clang has them too), so the same source serves AVX-512, AVX2, NEON and
- * plain SSE; AVX-512 alone gets three intrinsics whose portable forms cost several instructions. Polynomials are
+ * plain SSE; AVX-512 alone gets a few intrinsics whose portable forms cost several instructions. Polynomials are
  * minimax fits of our own; the error stated beside each is the fit's, before rounding to fp32 (6e-8).
  */
 #ifndef SSM_VEC_H
@@ -88,11 +88,26 @@ INLINE vf v_scale(vf p, vf n) {
 #define EXP2_HIGH 128.0f
 #endif
 
+/* The part of x that rounding to a whole number takes away, 0 for infinities, and x without it. AVX-512 needs no
+ * bounds on x: its scaling takes any. */
+#if defined(__AVX512DQ__)
+INLINE vf v_exp2_whole(vf x, vf *rest) {
+  *rest = (vf)_mm512_reduce_ps((__m512)x, 8);
+  return x - *rest;
+}
+#else
+INLINE vf v_exp2_whole(vf x, vf *rest) {
+  x = v_at_most(v_at_least(x, EXP2_LOW), EXP2_HIGH);
+  vf n = v_round(x);
+  *rest = x - n;
+  return n;
+}
+#endif
+
 /* 2^x. Fit 9.2e-8 relative, exact at whole x, so that a slow decay is not biased. x below -127 gives 0 (below -150
  * with AVX-512, subnormal between), above 128 infinity; NaN stays. */
 INLINE vf v_exp2(vf x) {
-  x = v_at_most(v_at_least(x, EXP2_LOW), EXP2_HIGH);
-  vf n = v_round(x), f = x - n;
+  vf f, n = v_exp2_whole(x, &f);
   vf p = v_set(0x1.5bba13e2fd8bfp-10f);
   p = p * f + 0x1.3cea87596704ap-7f;
   p = p * f + 0x1.c6b752df2f801p-5f;

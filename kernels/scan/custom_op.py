@@ -293,7 +293,10 @@ def scan(
         )
     lead = (u, delta, A, grouped(B), grouped(C), D, z, delta_bias)
     if straight:
-        out, final, _ = backend_functions(backend)[0](*lead, delta_softplus, initial_state, seqs, reverse)
+        fwd = backend_functions(backend)[0]
+        # No backward will come: the compiled form need not write the states it would start from.
+        none = {"save_boundaries": False} if backend == "cpu" else {}
+        out, final, _ = fwd(*lead, delta_softplus, initial_state, seqs, reverse, **none)
         return out, final
     out, final, _ = torch.ops.ssm_modal.selective_scan_fwd(
         *lead, delta_softplus, initial_state, *unpacked(seqs), reverse, backend

@@ -8,6 +8,7 @@ import multiprocessing
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -468,3 +469,22 @@ def test_states_that_fade_away_are_zero_and_the_mode_of_the_thread_is_kept(threa
         assert float(torch.tensor([1e-40]) * 0.5) > 0
     finally:
         torch.set_num_threads(before)
+
+
+def test_without_gradients_no_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a third of what a forward call would write, for a backward that cannot come."""
+    kept: list[int] = []
+    forward = bindings.selective_scan_fwd
+
+    def noted(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        result = forward(*args, **options)
+        kept.append(result[2].numel())
+        return result
+
+    monkeypatch.setattr(bindings, "selective_scan_fwd", noted)
+    u, A, B = torch.randn(1, 70, 8), -torch.rand(8, 4), torch.randn(1, 70, 4)
+    with torch.no_grad():
+        alone = selective_scan(u, u, A, B, B, delta_softplus=True, backend="cpu")
+    recorded = selective_scan(u.requires_grad_(), u, A, B, B, delta_softplus=True, backend="cpu")
+    assert kept == [0, 3 * 4 * 8]  # three tiles of 32 steps
+    assert torch.equal(alone, recorded)
