@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.bench_scan import SHIPPED, parse_sweep, variants
+from benchmarks.bench_scan import SHIPPED, add_sweep_options, parse_sweep, sweep_options, variants
 from benchmarks.harness import Options, Report, Unavailable
 from benchmarks.inputs import short
 from benchmarks.ops import conv_reference
@@ -66,21 +66,10 @@ def compare(words: Sequence[str] | None, options: Options, only_forward: bool = 
 def main(argv: list[str] | None = None) -> int:
     """Check, then time; exit status 1 where a check of the shipped launch fails or there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_conv", description=main.__doc__)
-    parser.add_argument(
-        "--sweep",
-        nargs="*",
-        metavar="FIELD=V,V",
-        help="time other launches too; bare: each field's neighbours",
-    )
     parser.add_argument("--forward", action="store_true", help="the forward alone")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds (default 20)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="rounds end after this long")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="cut every size to almost nothing: does it run?")
+    add_sweep_options(parser, repeats=20, seconds=30.0)
     args = parser.parse_args(argv)
-    options = Options(
-        args.repeats, args.repeats, args.seconds, device=torch.device(args.device), tiny=args.tiny
-    )
+    options = sweep_options(args)
     try:
         options.need()
         report = compare(args.sweep, options, args.forward)

@@ -170,25 +170,35 @@ def compare(
     return report
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check, then time; exit status 1 where a check of the shipped launch fails or there is no GPU."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_scan", description=main.__doc__)
-    parser.add_argument("--only", default="", help="only shapes with this in their name, such as L8192")
+def add_sweep_options(parser: argparse.ArgumentParser, repeats: int, seconds: float) -> None:
+    """What every sweep of launches takes: which, how often, where. repeats, seconds: the defaults."""
     parser.add_argument(
         "--sweep",
         nargs="*",
         metavar="FIELD=V,V",
         help="time other launches too; bare: each field's neighbours",
     )
-    parser.add_argument("--backward", action="store_true", help="leave the forward alone out")
-    parser.add_argument("--repeats", type=int, default=10, help="rounds (default 10)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="rounds of one shape end after this long")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds (default %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help="rounds of a shape end after this long (%(default)s)"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="cut every size to almost nothing: does it run?")
+
+
+def sweep_options(args: argparse.Namespace) -> Options:
+    """The harness's options of parsed `add_sweep_options`."""
+    return Options(args.repeats, args.repeats, args.seconds, device=torch.device(args.device), tiny=args.tiny)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, then time; exit status 1 where a check of the shipped launch fails or there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_scan", description=main.__doc__)
+    parser.add_argument("--only", default="", help="only shapes with this in their name, such as L8192")
+    parser.add_argument("--backward", action="store_true", help="leave the forward alone out")
+    add_sweep_options(parser, repeats=10, seconds=60.0)
     args = parser.parse_args(argv)
-    options = Options(
-        args.repeats, args.repeats, args.seconds, device=torch.device(args.device), tiny=args.tiny
-    )
+    options = sweep_options(args)
     try:
         options.need()
     except Unavailable as why:

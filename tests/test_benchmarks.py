@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as program
-from benchmarks import accuracy, bench_scan, harness, peers, plots, timing
+from benchmarks import accuracy, bench_conv, bench_scan, harness, peers, plots, timing
 from benchmarks.directions import two_directions, unequal_lengths
 from benchmarks.harness import Bar, Case, Check, Figure, Options, Report, Unavailable, chosen, run
 from benchmarks.inputs import GRADIENTS, reference_gradients, reference_output, scan_inputs
@@ -481,6 +481,15 @@ def test_the_kernels_alone_give_what_the_reference_gives() -> None:
     checks = scan_reference(x).checks(bench_scan.training(x, bench_scan.launch_of(x)))
     assert len(checks) == 9
     assert all(check.passed for check in checks), checks
+
+
+@pytest.mark.parametrize("only_forward", [False, True])
+def test_launches_of_the_convolution_are_checked_and_timed(only_forward: bool) -> None:
+    """In Triton's interpreter where there is no GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = bench_conv.compare(["unroll=2"], dataclasses.replace(TINY, device=device), only_forward)
+    assert found.correct
+    assert {f.who for f in found.figures} == {"shipped", "unroll=2"}
 
 
 @pytest.mark.gpu

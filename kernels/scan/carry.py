@@ -33,7 +33,7 @@ class _Carry(torch.autograd.Function):
 
         g_k = dout_k + conj(decay_{k+1}) g_{k+1},   dlast_k = g_k,   ddecay_k = g_k conj(h_{k-1})
 
-    Through every step of the loops autograd would take some ten times as many operations.
+    Through the loops autograd would keep and undo every step by itself.
     """
 
     @staticmethod
